@@ -1,0 +1,24 @@
+# Bandai-Namco Research motion capture, 2,900 clips: sizes for a laptop. python prepare_data.py bandai --src=... first.
+data = 'bandai'
+text_encoder = 'hash'        # 26 contents x 22 styles in a few phrasings: hashed words are enough, nothing to download
+# tokenizer
+vq_width = 256
+code_dim = 256
+n_codes = 512
+n_quantizers = 6
+vq_iters = 3000
+vq_batch = 96
+vq_lr = 5e-4
+vq_warmup = 100
+vq_eval_every = 500
+# transformers
+latent = 256
+n_layers = 6
+n_heads = 4
+ff = 768
+lr = 5e-4
+warmup = 200
+batch_size = 64
+mask_iters = 8000
+res_iters = 4000
+eval_every = 500

@@ -1,0 +1,26 @@
+# The toy set: procedural motion, nothing to download, everything trained in ten minutes on two CPU cores (make demo).
+data = 'toy'
+text_encoder = 'hash'
+# tokenizer
+vq_width = 128
+code_dim = 128
+n_codes = 256
+n_quantizers = 4
+vq_iters = 2000
+vq_batch = 64
+vq_lr = 1e-3
+vq_warmup = 50
+vq_eval_every = 500
+# transformers
+latent = 192
+n_layers = 4
+n_heads = 4
+ff = 512
+dropout = 0.1
+lr = 1e-3
+warmup = 100
+batch_size = 64
+mask_iters = 3000
+res_iters = 1200
+len_iters = 400
+eval_every = 500
