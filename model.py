@@ -59,7 +59,7 @@ def dropout(x, p, training):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.H, self.p, self.fusion = c.n_heads, c.dropout, c.fusion
+        self.H, self.head, self.p, self.fusion = c.n_heads, c.latent // c.n_heads, c.dropout, c.fusion
         self.alpha = msd.alpha(layer, c.alpha0)                                     # Eq 14
         self.in_proj = nn.Linear(c.latent, 3 * c.latent)
         self.out_proj = nn.Linear(c.latent, c.latent)
@@ -69,15 +69,16 @@ class Attention(nn.Module):
     def forward(self, x, valid, prior=None):
         """x (B, N, d), valid (B, N) bool, prior = (qs, ks) (B, N, W + 2) from msd.prior_qk -> (B, N, d)."""
         B, N, d = x.shape
-        q, k, v = self.in_proj(x).view(B, N, 3, self.H, d // self.H).permute(2, 0, 3, 1, 4)   # (B, H, N, d/H) each
-        scale = (d // self.H) ** -0.5
+        q, k, v = self.in_proj(x).view(B, N, 3, self.H, self.head).permute(2, 0, 3, 1, 4)   # (B, H, N, d/H) each
+        scale = self.head ** -0.5
         if prior is None:
             q = q * scale
         else:
             q, k = self.fuse(q, k, scale, valid, *prior)
         if q.is_cuda or not self.training or self.p == 0:
+            v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))   # the kernels of linear memory want one width for q, k and v
             o = F.scaled_dot_product_attention(q, k, v, valid[:, None, None], scale=1.0,
-                                               dropout_p=self.p if self.training else 0.0)
+                                               dropout_p=self.p if self.training else 0.0)[..., :self.head]
         else:  # CPU training: torch's kernel has no dropout and would fall back to these three lines, with slow dropout
             A = (q @ k.mT).masked_fill(~valid[:, None, None], float('-inf'))
             o = dropout(A.softmax(-1).to(v.dtype), self.p, True) @ v
@@ -145,8 +146,10 @@ class Trunk(nn.Module):
         front = [self.cond(c), *extra]                       # prepended without a position
         x = torch.cat([torch.stack(front, 1).to(x.dtype), x], 1)
         valid = F.pad(valid, (len(front), 0), value=True)
-        if prior is not None:                                # zero prior on the rows and columns of extra tokens
-            prior = [F.pad(p, (0, 0, len(front), 0)) for p in prior]
+        if prior is not None:   # zero prior on the rows and columns of extra tokens; head width up to a multiple of 8
+            head = self.layers[0].attn.head
+            wide = -(head + prior[0].shape[-1]) % 8          # GPU kernels fall back to n x n memory without
+            prior = [F.pad(p, (0, wide, len(front), 0)) for p in prior]
         for layer in self.layers:
             x = layer(x, valid, prior)
         return x[:, len(front):]
@@ -512,11 +515,11 @@ class Pipeline:
         return torch.Generator(self.device).manual_seed(seed)
 
     @torch.no_grad()
-    def generate(self, c, n, seed=0, res_scale=5.0, use_res=True, **decoding):
-        """c (B, 512), n (B,) tokens -> ids (B, N, Q) or (B, N, 1). decoding: see MaskTransformer.generate."""
+    def generate(self, c, n, seed=0, res_scale=5.0, **decoding):
+        """c (B, 512), n (B,) tokens -> ids (B, N, Q), or (B, N, 1) without a residual transformer. decoding: see MaskTransformer.generate."""
         c, n, g = c.to(self.device), n.to(self.device), self.generator(seed)
         ids = self.mask.generate(c, n, generator=g, **decoding)
-        if self.res is None or not use_res:
+        if self.res is None:
             return ids.clamp(max=self.mask.MASK - 1)[..., None]
         return self.res.generate(ids, c, n, res_scale, generator=g)
 

@@ -39,7 +39,7 @@ def hash_encode(captions):
     return torch.from_numpy(out)
 
 
-def clip_tower(pretrained='openai'):
+def clip_tower(pretrained='openai', device='cpu'):
     """The frozen CLIP text encoder: a function from a list of N captions to (N, 512) float32, un-normalised.
     The quickgelu variant, because OpenAI's weights were trained with it (plain ViT-B-32 silently has another GELU).
     pretrained=None gives random weights (tests)."""
@@ -50,12 +50,13 @@ def clip_tower(pretrained='openai'):
     except Exception as e:
         raise RuntimeError(f'The CLIP weights could not be loaded ({type(e).__name__}): they are downloaded once, so this '
                            f'needs a network or a filled cache; or use --text_encoder=hash.') from None
-    model.visual = None
+    model.visual = None   # only the text tower is used
+    model = model.to(device)
     tokenizer = open_clip.get_tokenizer(name)
 
     @torch.no_grad()
     def encode(captions):
-        parts = [model.encode_text(tokenizer(captions[i:i + 64])) for i in range(0, len(captions), 64)]
+        parts = [model.encode_text(tokenizer(captions[i:i + 64]).to(device)) for i in range(0, len(captions), 64)]
         return torch.cat(parts).float() if parts else torch.zeros(0, DIM)
     return encode
 

@@ -1,0 +1,216 @@
+"""The protocol of Guo et al. 2022 on generated motion, with 95% intervals:
+
+    python eval_t2m.py config/toy.py                                    # needs train_eval.py's evaluator.pt
+    python eval_t2m.py config/bandai.py --strata=True --repeats=5
+    python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy    # a model on data it was not trained on (Table 7)
+    python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints
+
+One repeat: shuffle the test clips, one caption each, drop the last partial batch of 32; embed; compare. Rows: real motion,
+tokenizer reconstruction, base tokens only, full. Whole sets are generated in large batches sorted by length; batches of 32
+matter only to R-precision. README, "Protocol", lists every difference from the reference.
+"""
+import json
+import os
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import text
+from configurator import configure, fail, setup
+from evaluator import Evaluator, diversity, fid, interval, mm_dist, mpjpe, multimodality, r_precision
+from model import Pipeline
+from motion import features_to_joints, load_meta, load_split
+from toy import passes
+from vq import CheckpointError
+
+# -----------------------------------------------------------------------------
+data = 'toy'                 # whose test clips
+out_dir = ''                 # the model's checkpoints, '' is out/<data>
+mask_file = 'mask.pt'        # which masked transformer there
+init_from = 'checkpoint'     # 'checkpoint' | 'momask'
+momask_root = ''
+momask_data = 't2m'          # 't2m' | 'kit'
+momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
+momask_res = ''
+text_encoder = ''            # '' is the one of training ('clip' for momask)
+evaluator = ''               # '' is <out_dir>/evaluator.pt, for momask the official one under momask_root
+glove_dir = ''               # the field's our_vab_* files, '' is <momask_root>/glove
+split = 'test'
+repeats = 20
+max_clips = 0                # evaluate on this many clips; 0 is all
+mm_batches = 3               # batches of 32 captions, 30 motions each, for MModality; 0 leaves it out
+strata = False               # also Tables 5 and 6 of DynMask, and length strata
+seed = 0
+eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
+# decoding, as in sample.py
+steps = 10
+cond_scale = 4.0
+res_scale = 5.0
+temperature = 1.0
+das_sampling = True
+lambda_D = 0.5
+beta = 0.5
+sigma_max = 0.5
+msd_decode = 'kept'
+# machine
+device = 'auto'
+dtype = 'auto'
+gen_batch = 256              # motions generated at a time
+config = configure(globals())
+# -----------------------------------------------------------------------------
+decoding = dict(steps=steps, cond_scale=cond_scale, temperature=temperature, das=das_sampling, lambda_D=lambda_D, beta=beta,
+                sigma_max=sigma_max, msd_decode=msd_decode)
+DYNAMIC = ('kick', 'spin', 'jump', 'danc', 'run', 'punch', 'hop', 'turn', 'throw', 'cartwheel', 'slash', 'dash')
+ROWS = ('base tokens only', 'full')
+out_dir = out_dir or os.path.join('out', data)
+run = setup(device, dtype, seed)
+try:
+    folder = os.path.join('data', data)
+    meta, test = load_meta(folder)[0], load_split(folder, split)
+    if init_from == 'momask':
+        pipe = Pipeline.from_momask(momask_root, momask_data, momask_mask, momask_res, text_encoder or 'clip', run.device)
+        judge = Evaluator.load(evaluator) if evaluator else Evaluator.from_t2m(momask_root, momask_data, glove_dir or None)
+    else:
+        pipe = Pipeline.from_dir(out_dir, run.device, mask_file)
+        path = evaluator or os.path.join(out_dir, 'evaluator.pt')
+        if not os.path.exists(path):
+            fail(f'{path} is missing: run `python train_eval.py config/{data}.py` first.')
+        judge = Evaluator.load(path, glove_dir or None)
+    if pipe.vq.config.dim != meta['dim'] or len(judge.mean) != meta['dim']:
+        fail(f"data/{data} has {meta['dim']} features, the model {pipe.vq.config.dim}, the evaluator {len(judge.mean)}: "
+             'they must be of one skeleton.')
+    texts = [c['text'] for c in test.captions]
+    vectors = text.encode(texts, text_encoder or pipe.text_encoder, folder)
+    judge = judge.to(run.device)
+    text_emb = judge.embed_text([c['tokens'] for c in test.captions]).numpy()   # of every caption, once
+except (CheckpointError, ValueError, FileNotFoundError, RuntimeError) as e:
+    fail(str(e))
+ROWS = ROWS if pipe.res is not None else ROWS[:1]
+of_clip = [[] for _ in test.start]
+for i, c in enumerate(test.captions):
+    of_clip[c['clip']].append(i)
+
+
+def draw(rng):
+    """One repeat's clips in shuffled order: caption index, first frame, frames (each (N,)), N a multiple of 32. The field's
+    variation: lengths are rounded down to whole tokens, one time in three one token shorter, with a random start."""
+    order = rng.permutation([i for i, captions in enumerate(of_clip) if captions])[:max_clips or None]
+    order = order[:len(order) // 32 * 32]
+    if len(order) == 0:
+        fail(f'data/{data} has {len(test)} {split} clips with captions: the protocol needs at least 32.')
+    frames = np.minimum(test.length[order] // 4, pipe.meta['max_frames'] // 4)
+    frames = 4 * np.maximum(frames - (rng.integers(3, size=len(order)) == 2), 1)
+    first = test.start[order] + rng.integers(test.length[order] - frames + 1)
+    return np.array([rng.choice(of_clip[i]) for i in order]), first, frames
+
+
+def generate(captions, frames, seed):
+    """{'base tokens only': features, 'full': features}, each a list of un-normalised (T_i, D) in the given order, of the same
+    base tokens; generated in batches of similar length."""
+    out = {row: [None] * len(captions) for row in ROWS}
+    order = np.argsort(frames, kind='stable')
+    for i in range(0, len(order), gen_batch):
+        pick = order[i:i + gen_batch]
+        n = torch.from_numpy(frames[pick] // 4)
+        with run.autocast():
+            ids = pipe.generate(vectors[captions[pick]], n, seed * 100_003 + i, res_scale, **decoding)
+            for row in ROWS:
+                for j, motion in zip(pick, pipe.features(ids[..., :1] if row == ROWS[0] else ids, n)):
+                    out[row][j] = motion.numpy()
+        progress.update(len(pick))
+    return out
+
+
+def reconstruct(motions):
+    """Through the tokenizer and back; motions of one length share a batch."""
+    out, lengths = [None] * len(motions), np.array([len(m) for m in motions])
+    for T in np.unique(lengths):
+        for pick in np.array_split(np.flatnonzero(lengths == T), -(-np.sum(lengths == T) // gen_batch)):
+            x = pipe.vq.normalize(torch.from_numpy(np.stack([motions[j] for j in pick])).to(run.device))
+            for j, y in zip(pick, pipe.vq.denormalize(pipe.vq.decode(pipe.vq.encode(x)))):
+                out[j] = y.cpu().numpy()
+    return out
+
+
+def joints_of(motion):
+    return features_to_joints(torch.as_tensor(motion), meta['n_joints']).numpy()
+
+
+def measure(captions, emb, real_emb, rng):
+    """The field's metrics of one row."""
+    top = r_precision(text_emb[captions], emb)
+    return {'R@1': top[0], 'R@2': top[1], 'R@3': top[2], 'FID': fid(real_emb, emb), 'MM-Dist': mm_dist(text_emb[captions], emb),
+            'Diversity': diversity(emb, rng=rng)}
+
+
+def groups(captions, motions):
+    """Strata of DynMask 4.4 -> {name: row indices}. Table 5: keywords in the caption. Table 6: terciles of mean joint speed
+    and length together (mean of the two ranks), nothing of MSD. Length: terciles."""
+    speed = [np.linalg.norm(np.diff(joints_of(m), axis=0), axis=-1).mean() for m in motions]
+    rank = lambda x: np.argsort(np.argsort(x, kind='stable'), kind='stable')
+    length = np.array([len(m) for m in motions])
+    dynamic = np.array([any(w in texts[i].lower() for w in DYNAMIC) for i in captions])
+    out = {'static (keywords)': np.flatnonzero(~dynamic), 'dynamic (keywords)': np.flatnonzero(dynamic)}
+    for names, key in ((('simple', 'medium', 'complex'), rank(speed) + rank(length)), (('short', 'middle', 'long'), length)):
+        out.update(zip(names, np.array_split(np.argsort(key, kind='stable'), 3)))
+    return out
+
+
+def one_repeat(r):
+    """-> {row: {metric: value}}"""
+    rng = np.random.default_rng([seed, r])
+    captions, first, frames = draw(rng)
+    real = [np.array(test.features[a:a + T]) for a, T in zip(first, frames)]
+    recon = reconstruct(real)
+    motions = {'real motion': real, 'tokenizer': recon, **generate(captions, frames, seed + r)}
+    emb = {row: judge.embed_motion(m, frames).numpy() for row, m in motions.items()}
+    rows = {row: measure(captions, e, emb['real motion'], rng) for row, e in emb.items()}
+    error = [mpjpe(joints_of(a), joints_of(b)).mean() for a, b in zip(recon, real)]
+    rows['tokenizer']['MPJPE mm'] = 1000 * float(np.mean(error)) / meta['units_per_metre']
+    if mm_batches:
+        pick, length = (np.repeat(x[:32 * mm_batches], 30) for x in (captions, frames))
+        for row, many in generate(pick, length, seed + r + 7919).items():
+            many = judge.embed_motion(many, length).numpy()
+            rows[row]['MModality'] = multimodality(many.reshape(-1, 30, many.shape[-1]), rng=rng)
+    if all('script' in test.captions[i] for i in captions):     # toy: does the motion do what the text says?
+        for row, m in motions.items():
+            rows[row]['detectors'] = float(np.mean([passes(joints_of(x), test.captions[i]['script']) for x, i in zip(m, captions)]))
+    if strata:
+        for name, pick in groups(captions, real).items():
+            if len(pick) >= 2:
+                for row in motions:
+                    rows[row][f'FID {name}'] = fid(emb['real motion'][pick], emb[row][pick])
+    return rows
+
+
+def table(names):
+    print(f"{'':18s}" + ''.join(f'{n:>18s}' for n in names))
+    for row, metrics in summary.items():
+        cells = [f'{metrics[n][0]:.3f} ±{metrics[n][1]:.3f}' if n in metrics else '' for n in names]
+        print(f'{row:18s}' + ''.join(f'{c:>18s}' for c in cells))
+
+
+clock = time.perf_counter()
+count = len(draw(np.random.default_rng(0))[0]) + 32 * 30 * mm_batches
+progress = tqdm(total=repeats * count, desc='generated', mininterval=1, unit=' motions')
+results = [one_repeat(r) for r in range(repeats)]
+progress.close()
+seconds = time.perf_counter() - clock
+summary = {row: {m: interval([r[row][m] for r in results]) for m in results[0][row]} for row in results[0]}
+summary = {row: {m: (float(mean), float(half)) for m, (mean, half) in metrics.items()} for row, metrics in summary.items()}
+plain = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm'] + \
+    (['detectors'] if 'detectors' in summary['real motion'] else [])
+print(f'\n{data} {split}, {len(draw(np.random.default_rng(0))[0])} clips, {repeats} repeats, {steps} steps, '
+      f'guidance {cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}; mean ± 95% interval')
+table(plain)
+if strata:
+    table([m for m in summary['real motion'] if m.startswith('FID ')])
+path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
+os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+with open(path + '.tmp', 'w') as f:
+    json.dump({'rows': summary, 'settings': config, 'clips': len(draw(np.random.default_rng(0))[0]), 'seconds': seconds,
+               'device': torch.cuda.get_device_name() if run.device != 'cpu' else 'cpu', 'per_repeat': results}, f, indent=1, default=float)
+os.replace(path + '.tmp', path)
+print(f'written to {path}')

@@ -1,0 +1,341 @@
+"""Tests of evaluator.py and train_eval.py. The golden ones need ../shared, which a bare clone does not have."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import evaluator as E
+from evaluator import Evaluator, Words
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(HERE, '..', 'shared', 'golden')
+golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason='../shared/golden is not on this machine')
+each = pytest.mark.parametrize('name', ['t2m', 'kit'])
+SMALL = dict(movement=8, code=8, motion_hidden=12, text_hidden=10, out=6)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Evaluator(np.zeros(23), np.ones(23), Words(), **SMALL)
+
+
+def rand(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# --- golden ---
+
+@golden
+@each
+def test_golden_network(name):
+    ev = Evaluator.from_t2m(f'{GOLDEN}/{name}/momask_checkpoints', name)
+    z = {k: torch.from_numpy(v) for k, v in np.load(f'{GOLDEN}/{name}/evaluator.npz').items()}
+    with torch.no_grad():
+        text = ev.encode_text(z['word_embs'], z['pos_onehot'], z['cap_lens'])
+        motion = ev.encode_motion(z['motion'], z['m_lens'])
+    assert (text - z['text_embedding']).abs().max() < 1e-5
+    assert (motion - z['motion_embedding']).abs().max() < 1e-5
+    # embed_motion is the same after un-normalising, for the clip that fills its tensor as 196 frames fill the field's
+    ev.config['max_frames'] = z['motion'].shape[1]
+    raw = z['motion'] * ev.std + ev.mean
+    assert (ev.embed_motion(raw, z['m_lens'])[0] - z['motion_embedding'][0]).abs().max() < 1e-5
+
+
+@golden
+@each
+def test_golden_metrics(name):
+    z = np.load(f'{GOLDEN}/{name}/metrics.npz')
+    assert abs(E.fid(z['real'], z['gen']) - z['fid']) < 1e-6
+    assert np.abs(E.r_precision(z['text'], z['motion']) - z['r_precision']).max() < 1e-12
+    assert abs(E.mm_dist(z['text'], z['motion']) - z['mm_dist']) < 1e-9
+    assert np.abs(E.mpjpe(z['pred_joints'], z['gt_joints']) - z['mpjpe_per_frame']).max() < 1e-6
+
+
+@golden
+def test_word_lists_are_the_fields():
+    with open(f'{GOLDEN}/word_tags.json') as f:
+        z = json.load(f)
+    assert E.TAGS == z['pos_tags']
+    assert {k: v.split() for k, v in E.VIP_WORDS.items()} == z['vip_words']
+
+
+# --- embeddings ---
+
+def test_order_batching_and_padding_do_not_matter(model):
+    lengths = np.array([20, 8, 41, 196, 4, 200, 36])
+    features = rand(7, 210, 23).astype(np.float32)
+    whole = model.embed_motion(features, lengths)
+    order = np.array([3, 0, 6, 5, 1, 4, 2])
+    assert torch.allclose(model.embed_motion(features[order], lengths[order], batch=2), whole[order], atol=1e-6)
+    dirty = features.copy()
+    for row, n in zip(dirty, lengths):
+        row[n:] = np.nan
+    assert torch.allclose(model.embed_motion(dirty, lengths), whole, atol=1e-6)
+    trimmed = [f[:n] for f, n in zip(features, lengths)]
+    assert torch.allclose(torch.cat([model.embed_motion([f], [len(f)]) for f in trimmed]), whole, atol=1e-6)
+    # and it is the field's way: zeros to 196 frames
+    x = torch.zeros(1, 196, 23)
+    x[0, :20] = torch.from_numpy(features[0, :20])
+    assert torch.allclose(model.encode_motion(x, torch.tensor([20])), whole[:1], atol=1e-6)
+
+    captions = ['walk/VERB', 'a/DET person/NOUN jump/VERB high/ADV', 'sit/VERB down/ADV', 'walk/VERB', '']
+    text = model.embed_text(captions)
+    assert text.shape == (5, 6) and torch.equal(text[0], text[3]) and not torch.allclose(text[0], text[4])
+    assert torch.allclose(model.embed_text(captions[::-1], batch=2), text.flip(0), atol=1e-6)
+
+
+def test_zero_std_and_bad_motion(model):
+    still = Evaluator(np.zeros(23), np.zeros(23), Words(), **SMALL)
+    assert torch.isfinite(still.embed_motion(rand(2, 16, 23), [16, 12])).all()
+    x = rand(2, 16, 23)
+    with pytest.raises(ValueError, match='reads .T, 23. features'):
+        model.embed_motion(x[..., :20], [16, 16])
+    for length in (3, 17):
+        with pytest.raises(ValueError, match=f'length {length}'):
+            model.embed_motion(x, [16, length])
+    x[1, 5, 3] = np.nan
+    with pytest.raises(ValueError, match='motion 1 holds NaN'):
+        model.embed_motion(x, [16, 16])
+
+
+def test_save_load_round_trip(model, tmp_path):
+    model.save(tmp_path / 'e.pt', note='x')
+    again = Evaluator.load(tmp_path / 'e.pt')
+    assert os.listdir(tmp_path) == ['e.pt']
+    assert torch.equal(again.embed_text(['run/VERB']), model.embed_text(['run/VERB']))
+    assert torch.equal(again.embed_motion(rand(1, 8, 23), [8]), model.embed_motion(rand(1, 8, 23), [8]))
+    with pytest.raises(FileNotFoundError, match='not found'):
+        Evaluator.load(tmp_path / 'no.pt')
+    torch.save({'model': 1}, tmp_path / 'other.pt')
+    with pytest.raises(ValueError, match="no key 'config'"):
+        Evaluator.load(tmp_path / 'other.pt')
+
+
+# --- words ---
+
+def tags_of(words, caption):
+    _, tags, lengths = words.encode([caption])
+    assert (tags.sum(-1) == 1).all()
+    return [E.TAGS[i] for i in tags[0].argmax(-1)[:lengths[0]]]
+
+
+def test_word_and_tag_rules(tmp_path):
+    words = Words()
+    assert tags_of(words, 'walk/VERB left/ADJ person/NOUN or/CCONJ') == \
+        ['OTHER', 'Act_VIP', 'Loc_VIP', 'NOUN', 'OTHER', 'OTHER']
+    vectors, tags, lengths = words.encode([' '.join(f'w{i}/NOUN' for i in range(30)), ''])
+    assert vectors.shape == (2, 22, 300) and tags.shape == (2, 22, 15) and lengths.tolist() == [22, 2]
+    assert np.array_equal(vectors[0, 21], words.vector('eos')) and np.array_equal(vectors[0, 20], words.vector('w19'))
+    assert np.array_equal(vectors[1, 2], words.vector('unk'))
+    assert np.array_equal(Words().vector('walk'), words.vector('walk'))
+    assert Words().vector('walk')[:2] == pytest.approx(HASHED_WALK, abs=1e-6)      # the same on every machine
+    with pytest.raises(ValueError, match="'walk'.*no tag"):
+        words.encode(['walk'])
+
+
+HASHED_WALK = [-0.38018644, -0.04030117]
+
+
+def write_glove(folder, vocabulary=('unk', 'sos', 'eos', 'walk'), index=None):
+    np.save(folder / 'our_vab_data.npy', rand(len(vocabulary), 300))
+    index = index or {w: i for i, w in enumerate(vocabulary)}
+    for name, data in (('words', list(vocabulary)), ('idx', index)):
+        (folder / f'our_vab_{name}.pkl').write_bytes(pickle.dumps(data))
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ('was_executed',)
+
+
+def test_glove(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_glove(tmp_path)
+    words = Words(str(tmp_path))
+    table = np.load('our_vab_data.npy').astype(np.float32)
+    vectors = words.encode(['walk/NOUN zebra/NOUN'])[0][0]
+    assert np.array_equal(vectors[1], table[3]) and np.array_equal(vectors[2], table[0])   # unk's vector
+    assert tags_of(words, 'walk/NOUN zebra/NOUN') == ['OTHER', 'Act_VIP', 'OTHER', 'OTHER']
+    write_glove(tmp_path, index={'unk': 0, 'sos': 1, 'eos': 2, 'walk': 9})
+    with pytest.raises(ValueError, match="row 9 for 'walk'"):
+        Words(str(tmp_path))
+    write_glove(tmp_path, vocabulary=('walk', 'unk'))
+    with pytest.raises(ValueError, match='eos'):
+        Words(str(tmp_path))
+    for payload in (pickle.dumps({'walk': Code()}), b'\x80\x04junk', b''):
+        (tmp_path / 'our_vab_idx.pkl').write_bytes(payload)
+        with pytest.raises(ValueError, match='our_vab_idx.pkl was not loaded'):
+            Words(str(tmp_path))
+    assert not (tmp_path / 'was_executed').exists()
+    (tmp_path / 'our_vab_idx.pkl').unlink()
+    with pytest.raises(FileNotFoundError, match='our_vab_idx.pkl'):
+        Words(str(tmp_path))
+
+
+# --- official files that are not what they should be ---
+
+def write_official(root, change=lambda parts: None):
+    """An official tree with tiny random weights, as the released one is laid out."""
+    model = Evaluator(np.zeros(23), np.ones(23), **SMALL)
+    parts = {k: getattr(model, k).state_dict() for k in ('movement_encoder', 'text_encoder', 'motion_encoder')}
+    change(parts)
+    for folder in ('t2m/text_mot_match/model', 't2m/Comp_v6_KLD005/meta'):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    torch.save({**parts, 'epoch': 1}, root / 't2m/text_mot_match/model/finest.tar')
+    for name in ('mean', 'std'):
+        np.save(root / f't2m/Comp_v6_KLD005/meta/{name}.npy', np.ones(23, dtype=np.float32))
+
+
+def test_official_layout_and_its_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_official(tmp_path)
+    ev = Evaluator.from_t2m(tmp_path)
+    assert ev.embed_motion(rand(1, 8, 23), [8]).shape == (1, 6)
+    with pytest.raises(FileNotFoundError, match='our_vab_data.npy'):
+        ev.embed_text(['walk/VERB'])
+    (tmp_path / 'glove').mkdir()
+    write_glove(tmp_path / 'glove')
+    assert Evaluator.from_t2m(tmp_path).embed_text(['walk/VERB']).shape == (1, 6)
+    with pytest.raises(FileNotFoundError, match='kit'):
+        Evaluator.from_t2m(tmp_path, 'kit')
+
+    def refuses(words, change):
+        write_official(tmp_path, change)
+        with pytest.raises(ValueError, match=words) as e:
+            Evaluator.from_t2m(tmp_path)
+        assert '\n' not in str(e.value)
+
+    refuses("no key 'text_encoder'", lambda p: p.pop('text_encoder'))
+    refuses('no tensor hidden', lambda p: p['motion_encoder'].pop('hidden'))
+    refuses('lacks the tensor gru.bias_hh_l0', lambda p: p['text_encoder'].pop('gru.bias_hh_l0'))
+    refuses('unknown tensor extra', lambda p: p['text_encoder'].update(extra=torch.zeros(1)))
+    refuses(r'input_emb.weight has shape \(3, 4\)',
+            lambda p: p['motion_encoder'].update({'input_emb.weight': torch.zeros(3, 4)}))
+    refuses('does not hold the weights', lambda p: p['movement_encoder'].update({'main.0.weight': 'x'}))
+    refuses('holds code', lambda p: p.update(movement_encoder=Code()))
+    assert not (tmp_path / 'was_executed').exists()
+    (tmp_path / 't2m/text_mot_match/model/finest.tar').write_bytes(b'not a checkpoint')
+    with pytest.raises(ValueError, match='damaged'):
+        Evaluator.from_t2m(tmp_path)
+    write_official(tmp_path)
+    np.save(tmp_path / 't2m/Comp_v6_KLD005/meta/std.npy', np.ones(20))
+    with pytest.raises(ValueError, match='should be .23,. as the weights'):
+        Evaluator.from_t2m(tmp_path)
+    os.remove(tmp_path / 't2m/Comp_v6_KLD005/meta/std.npy')
+    with pytest.raises(FileNotFoundError, match='std.npy'):
+        Evaluator.from_t2m(tmp_path)
+
+
+# --- metrics ---
+
+def plain_fid(a, b):
+    """The textbook form, by the eigenvalues of C1 C2 (real and non-negative in exact arithmetic)."""
+    c1, c2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(min=0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * root
+
+
+def test_fid():
+    a, b = rand(200, 8), rand(150, 8, seed=1) @ rand(8, 8, seed=2) + 0.3
+    assert E.fid(a, b) == pytest.approx(plain_fid(a, b), abs=1e-9)
+    assert E.fid(a, b) == pytest.approx(E.fid(b, a), abs=1e-9)
+    assert E.fid(a, a) < 1e-9 and E.fid(a, a + 2) == pytest.approx(32, abs=1e-8)
+    assert E.fid(torch.from_numpy(a), b.astype(np.float32)) == pytest.approx(E.fid(a, b), rel=1e-4)
+    for n, m, d in ((2, 2, 64), (2, 100, 16), (5, 5, 512), (3, 4, 1), (40, 2, 512)):
+        x, y = rand(n, d), rand(m, d, seed=1)
+        assert np.isfinite(E.fid(x, y)) and E.fid(x, y) > 0 and E.fid(x, x) < 1e-6
+        assert E.fid(x, y) == pytest.approx(E.fid(y, x), rel=1e-6)
+    assert E.fid(np.ones((3, 4)), np.ones((3, 4))) == 0
+    one = rand(2, 1), rand(9, 1, seed=1)                          # in 1-d: (m1 - m2)^2 + (s1 - s2)^2
+    expected = (one[0].mean() - one[1].mean()) ** 2 + (one[0].std(ddof=1) - one[1].std(ddof=1)) ** 2
+    assert E.fid(*one) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match='at least 2'):
+        E.fid(a[:1], b)
+    with pytest.raises(ValueError, match='NaN'):
+        E.fid(a, np.full((4, 8), np.nan))
+
+
+def test_r_precision():
+    n = 80
+    text = np.eye(n)
+    assert E.r_precision(text, text).tolist() == [1, 1, 1]
+    # one step off within each batch of 32: own motion never nearest, but second for everybody
+    off = text.copy()
+    for k in (0, 32):
+        off[k:k + 32] = text[k:k + 32] * 0.4 + np.roll(text[k:k + 32], 1, axis=0) * 0.6
+    off[64:] = -text[64:]                                         # the partial batch is hopeless, and dropped
+    assert E.r_precision(text, off).tolist() == [0, 1, 1]
+    assert E.r_precision(text, off, batch=80)[2] < 1
+    # neighbours with the same caption: the wrong motion is a right one
+    same = [f'caption {i}' for i in range(n)]
+    wrong = text.copy()
+    wrong[[0, 1]] = text[[1, 0]]
+    assert E.r_precision(text, wrong).tolist()[0] == pytest.approx(62 / 64)
+    same[1] = same[0]
+    assert E.r_precision(text, wrong, same=same).tolist() == [1, 1, 1]
+    assert E.r_precision(np.zeros((64, 4)), np.zeros((64, 4))).tolist() == [0, 0, 0]      # a collapsed network
+    with pytest.raises(ValueError, match='at least 32'):
+        E.r_precision(text[:31], text[:31])
+    r = E.r_precision(rand(3200, 4), rand(3200, 4, seed=1))       # chance
+    assert r == pytest.approx([1 / 32, 2 / 32, 3 / 32], abs=0.02)
+
+
+def test_small_metrics():
+    x = rand(50, 4)
+    assert E.mm_dist(x, x + [3, 0, 4, 0]) == pytest.approx(5)
+    assert E.diversity(np.ones((10, 3))) == 0
+    assert E.diversity(x, rng=np.random.default_rng(1)) == E.diversity(x, rng=np.random.default_rng(1)) > 0
+    assert E.multimodality(np.repeat(rand(5, 1, 4), 30, axis=1)) == 0
+    assert E.multimodality(rand(5, 30, 4), rng=np.random.default_rng(0)) == pytest.approx(8 ** 0.5, abs=0.5)
+    with pytest.raises(ValueError, match='only 5'):
+        E.multimodality(rand(5, 5, 4))
+    joints = rand(6, 22, 3)
+    assert E.mpjpe(joints + [1, 2, 3], joints).max() < 1e-12      # moving the whole body is no error
+    joints2 = joints.copy()
+    joints2[:, 3, 0] += 0.22
+    assert E.mpjpe(joints2, joints) == pytest.approx(np.full(6, 0.01))
+    mean, half = E.interval([[1.0, 5.0], [3.0, 5.0]])
+    assert mean.tolist() == [2, 5] and half == pytest.approx([1.96 / 2 ** 0.5, 0])
+
+
+# --- training ---
+
+def test_train_eval_smoke(tmp_path):
+    motion = pytest.importorskip('motion')
+    rng = np.random.default_rng(0)
+    acts = ['walk', 'jump', 'kick', 'sit']
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    for split, n in (('train', 80), ('val', 40), ('test', 40)):
+        clips, captions = [], []
+        for i in range(n):
+            x = rng.standard_normal((int(rng.integers(16, 60)), 263)).astype(np.float32)
+            x[:, 4 + 30 * (i % 4):34 + 30 * (i % 4)] += 2
+            clips.append((f'{split}{i}', x))
+            act = acts[i % 4]
+            captions += [dict(clip=i, text=f'a person {act}s', tokens=f'a/DET person/NOUN {act}/VERB'),
+                         dict(clip=i, text=f'someone {act}s', tokens=f'someone/PRON {act}/VERB')]
+        motion.save_split(folder, split, clips, captions)
+    motion.save_meta(folder, dict(name='fake', dim=263, fps=20, counts=dict(train=80, val=40, test=40)),
+                     np.zeros(263), np.ones(263))
+
+    def run(*args):
+        return subprocess.run([sys.executable, os.path.join(HERE, 'train_eval.py'), *args], cwd=tmp_path,
+                              capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    common = ['--data=fake', f'--data_dir={folder}', f'--out_dir={tmp_path}/out']
+    p = run(*common, '--ev_steps=30', '--ev_ae_steps=5', '--ev_batch=32', '--ev_eval_every=15', '--ev_movement=32',
+            '--ev_code=32', '--ev_motion_hidden=32', '--ev_text_hidden=32', '--ev_out=32', '--ev_lr=5e-3')
+    assert p.returncode == 0, p.stderr
+    figures = json.load(open(tmp_path / 'out' / 'evaluator.json'))
+    assert sorted(os.listdir(tmp_path / 'out')) == ['evaluator.json', 'evaluator.pt']
+    assert figures['r_precision'][2] > 0.7 and figures['matched'] < figures['mismatched']
+    assert Evaluator.load(tmp_path / 'out' / 'evaluator.pt').embed_text(['walk/VERB']).shape == (1, 32)
+    p = run(*common, f'--data_dir={tmp_path}/nothing')
+    assert p.returncode != 0 and 'prepare_data.py' in p.stderr and 'Traceback' not in p.stderr
