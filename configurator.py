@@ -9,6 +9,7 @@ script here does; on the command line the key must be this script's own. Mistake
 """
 import ast
 import glob
+import math
 import os
 import random
 import sys
@@ -121,7 +122,7 @@ def setup(device='auto', dtype='auto', seed=0):
 
 def _peak_flops(device, dtype):
     """FLOP/s of the best of three square products: what MFU is measured against, on any machine."""
-    n = 8192 if device.startswith('cuda') else 1024
+    n = 8192 if device.startswith('cuda') else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     best = float('inf')
     for _ in range(4):
@@ -139,4 +140,4 @@ def lr_at(it, lr, warmup, total):
     """Linear warm-up, then cosine decay to a tenth."""
     if it < warmup:
         return lr * (it + 1) / warmup
-    return lr * (0.1 + 0.45 * (1 + np.cos(np.pi * min(1.0, (it - warmup) / max(1, total - warmup)))))
+    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (it - warmup) / max(1, total - warmup)))))

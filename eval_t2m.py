@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import text
 from configurator import configure, fail, setup
-from evaluator import Evaluator, diversity, fid, interval, mm_dist, mpjpe, multimodality, r_precision
+from evaluator import Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality, r_precision
 from model import Pipeline
 from motion import features_to_joints, load_meta, load_split
 from toy import passes
@@ -83,6 +83,10 @@ try:
              'they must be of one skeleton.')
     texts = [c['text'] for c in test.captions]
     vectors = text.encode(texts, text_encoder or pipe.text_encoder, folder)
+    if judge.words is None:
+        print('No GloVe files (--glove_dir): captions are embedded with hashed words, so R-precision and MM-Dist of this '
+              'official evaluator mean nothing here; FID and Diversity do.')
+        judge.words = Words()
     judge = judge.to(run.device)
     text_emb = judge.embed_text([c['tokens'] for c in test.captions]).numpy()   # of every caption, once
 except (CheckpointError, ValueError, FileNotFoundError, RuntimeError) as e:

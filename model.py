@@ -90,13 +90,15 @@ class Attention(nn.Module):
 
         'zscore'      the equation to the letter
         'rescaled'    sigma x the equation: (1 - a) A + a sigma z(S). The prior joins at the scale the layer has learned,
-                      and attention can still become sharp, which unit-variance logits over 50 positions cannot
+                      and attention can still become sharp, which unit-variance logits over 50 positions cannot.
+                      sigma is read, not trained through: it is the layer's scale, not a way to turn the prior up
         'temperature' the equation times one learned factor per head
         """
-        sigma, a = msd.logit_std(q, k, valid), self.alpha                            # sigma (B, H, 1, 1)
+        a = self.alpha
         if self.fusion == 'rescaled':
-            content, prior = (1 - a) * scale, a * sigma
+            content, prior = (1 - a) * scale, a * msd.logit_std(q.detach(), k.detach(), valid)   # sigma is (B, H, 1, 1)
         else:
+            sigma = msd.logit_std(q, k, valid)
             gain = self.log_temp.exp() if self.fusion == 'temperature' else 1.0
             content, prior = gain * (1 - a) * scale / sigma, gain * a
         B, H, N, _ = q.shape
@@ -258,14 +260,14 @@ class MaskTransformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, c, n, steps=10, cond_scale=4.0, keep=0.1, temperature=1.0, das=True, lambda_D=0.5, beta=0.5,
-                 sigma_max=0.5, msd_decode='kept', generator=None):
-        """Algorithm 2. c (B, 512), n (B,) tokens wanted -> ids (B, max n), [PAD] behind each end.
+                 sigma_max=0.5, msd_decode='kept', width=None, generator=None):
+        """Algorithm 2. c (B, 512), n (B,) tokens wanted -> ids (B, width), [PAD] behind each end; width None is the longest
+        n (a fixed width spares a compiled model a new graph per length).
 
         Every step predicts all masked tokens, then masks again the least confident, cosine-scheduled. das: complexity-aware
         decoding, Eqs 15-21; off, it is MoMask's loop. msd_decode: MSD of the 'kept' tokens, or of the current full 'guess'
         (kept + the last step's predictions). Nothing waits for the GPU inside the loop."""
-        N = int(n.max())
-        valid = torch.arange(N, device=c.device) < n[:, None]
+        valid = torch.arange(width or int(n.max()), device=c.device) < n[:, None]
         ids = torch.where(valid, self.MASK, self.PAD)
         guess = ids
         score = torch.zeros(valid.shape, device=c.device).masked_fill(~valid, torch.inf)
@@ -518,7 +520,8 @@ class Pipeline:
     def generate(self, c, n, seed=0, res_scale=5.0, **decoding):
         """c (B, 512), n (B,) tokens -> ids (B, N, Q), or (B, N, 1) without a residual transformer. decoding: see MaskTransformer.generate."""
         c, n, g = c.to(self.device), n.to(self.device), self.generator(seed)
-        ids = self.mask.generate(c, n, generator=g, **decoding)
+        width = self.meta['max_frames'] // 4 if c.is_cuda else None
+        ids = self.mask.generate(c, n, width=width, generator=g, **decoding)
         if self.res is None:
             return ids.clamp(max=self.mask.MASK - 1)[..., None]
         return self.res.generate(ids, c, n, res_scale, generator=g)

@@ -8,7 +8,6 @@ token is sampled (Eqs 15-21). The plain formulas stand in test_msd.py as the ora
 enough to be free. Shapes: B batch, n tokens, W window (tokens), V codes, D code dimension.
 """
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ def band_weights(W):
     return torch.softmax(-torch.arange(W, dtype=torch.float32) / 3, 0)
 
 
-@lru_cache
 def _spectrum_kernel(W, device):
     """The map from velocity products to power spectra, as a conv1d weight (W bands out, W lags in, W taps).
 
@@ -37,11 +35,10 @@ def _spectrum_kernel(W, device):
     positions only through the products v_a . v_b with |a - b| < W, so f^2 is linear in those products, with the same
     coefficients at every position: a convolution over time. Lag d at tap i meets C[k, i] C[k, i + d], twice for d > 0.
     """
-    C = dct_matrix(W)
-    K = torch.zeros(W, W, W, dtype=torch.float64)
-    for d in range(W):
-        K[:, d, :W - d] = (2 if d else 1) * C[:, :W - d] * C[:, d:]
-    return K.float().to(device)
+    C, tap = dct_matrix(W).to(device), torch.arange(W, device=device)
+    other = tap + tap[:, None]                                          # [d, i] -> i + d
+    K = C[:, None, :] * C[:, other.clamp(max=W - 1)] * (other < W)      # (W, W, W)
+    return torch.cat([K[:, :1], 2 * K[:, 1:]], 1).float()
 
 
 def gram(codebook):

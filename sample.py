@@ -3,12 +3,13 @@
     python sample.py config/toy.py --prompt="a person walks forward, then kicks with the left leg"
     python sample.py config/bandai.py --prompts=prompts.txt --repeats=3        # lines of text, or text#frames
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks with his left leg"
+    python sample.py config/bandai.py --msd_of=dataset-1_kick_normal_001      # a clip's Motion Spectral Descriptor, as a picture
 
 For every motion: a GIF to look at and .npy joints (T, J, 3), with the prompt in the file name. Same seed, same motion.
 """
 import os
 import re
-
+import sys
 import time
 
 
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import msd
 import text
 from configurator import configure, fail, setup
 from model import Pipeline
-from motion import SKELETONS, draw_gif, features_to_joints
-from vq import CheckpointError
+from motion import draw_gif, draw_strip, features_to_joints, load_meta, load_split
+from vq import RVQVAE, CheckpointError
 
 # -----------------------------------------------------------------------------
 data = 'toy'
@@ -33,6 +35,7 @@ momask_res = ''
 text_encoder = ''            # '' is the one of training ('clip' for momask)
 prompt = ''
 prompts = ''                 # a file, one prompt a line: text or text#frames
+msd_of = ''                  # draw the MSD of this clip of the data set instead: its name, as in prepare_data.py
 length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
@@ -54,6 +57,49 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 decoding = dict(steps=steps, cond_scale=cond_scale, temperature=temperature, das=das_sampling, lambda_D=lambda_D, beta=beta,
                 sigma_max=sigma_max, msd_decode=msd_decode)
+
+
+def draw_msd(name):
+    """A real clip as a strip of poses, under it phi_t (Eq 7) and Omega(t) (Eq 8) of its base tokens -> out_dir/msd_<name>.png"""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    tokenizer = RVQVAE.from_file(os.path.join(out_dir, 'vq.pt'))
+    for split in (load_split(os.path.join('data', data), s) for s in ('test', 'val', 'train')):
+        where = np.flatnonzero(split.names == name)
+        if len(where):
+            break
+    else:
+        fail(f'data/{data} has no clip named {name}; names look like {split.names[0]}.')
+    meta = load_meta(os.path.join('data', data))[0]
+    features = torch.from_numpy(np.array(split.clip(where[0]))[:split.length[where[0]] // 4 * 4])
+    ids = tokenizer.encode(tokenizer.normalize(features)[None])[..., 0]
+    phi, _ = msd.descriptor(ids, msd.gram(tokenizer.quantizers[0].codebook), torch.ones_like(ids, dtype=torch.bool))
+    strip = draw_strip(features_to_joints(features, meta['n_joints']).numpy(), None, '', 10)
+    fig, (top, heat, line) = plt.subplots(3, 1, figsize=(11, 5.2), height_ratios=(2.0, 1.3, 1.0), layout='constrained')
+    top.imshow(strip)
+    top.axis('off')
+    caption = next(c['text'] for c in split.captions if c['clip'] == where[0])
+    top.set_title(f'{name}: "{caption}"', fontsize=10)
+    seconds = 4 / meta['fps'] * ids.shape[1]
+    heat.imshow(phi[0].T, aspect='auto', origin='lower', extent=(0, seconds, -0.5, phi.shape[-1] - 0.5), cmap='magma')
+    heat.set_ylabel('band k\n$\\phi_{t,k}$, Eq 7')
+    t = (np.arange(ids.shape[1]) + 0.5) * 4 / meta['fps']
+    line.fill_between(t, msd.complexity(phi)[0], step='mid', alpha=0.3)
+    line.step(t, msd.complexity(phi)[0], where='mid')
+    line.set(xlim=(0, seconds), ylim=(0, None), ylabel='$\\Omega(t)$, Eq 8', xlabel='seconds')
+    path = os.path.join(out_dir, f'msd_{name}.png')
+    fig.savefig(path, dpi=110)
+    print(f'written to {path}')
+
+
+out_dir = out_dir or os.path.join('out', data)
+if msd_of:
+    try:
+        draw_msd(msd_of)
+    except (CheckpointError, ValueError, FileNotFoundError) as e:
+        fail(str(e))
+    sys.exit()
 jobs = [(prompt, length)] if prompt else []
 if prompts:
     if not os.path.exists(prompts):
@@ -68,7 +114,6 @@ if prompts:
 if not jobs or not all(re.search(r'\w', words) for words, _ in jobs):
     fail('The prompt is empty: give --prompt="a person walks forward" or --prompts=file.txt.')
 run = setup(device, dtype, seed)
-out_dir = out_dir or os.path.join('out', data)
 try:
     if init_from == 'momask':
         pipe = Pipeline.from_momask(momask_root, momask_data, momask_mask, momask_res, text_encoder or 'clip', run.device)

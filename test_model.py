@@ -297,6 +297,36 @@ def test_generate(das, msd_decode):
     assert (m.generate(c, n, steps=1, das=das)[valid] < 20).all()
 
 
+def test_one_graph_for_all_steps_and_lengths():
+    """Hot paths compile without graph breaks, and a new length within one padded width is no new graph."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    m, r = MaskTransformer(ModelConfig(**SMALL), torch.randn(20, 8)).train(), ResTransformer(ModelConfig(**SMALL)).train()
+    vq = small_vq()
+    compiled = [torch.compile(x, backend=count, fullgraph=True) for x in (m, r, vq)]
+    for length in (12, 5, 9):
+        valid = torch.arange(12) < torch.tensor([[length], [12], [3]])
+        ids, c = torch.randint(20, (3, 12, 4)), torch.randn(3, 512)
+        compiled[0](ids[..., 0], c, valid).sum().backward()
+        compiled[1](ids, c, valid).sum().backward()
+        compiled[2](torch.randn(2, 32, 263), torch.tensor(1 + length % 3))
+    assert len(graphs) == 3
+    m.eval()
+    m.generate(torch.randn(2, 512), torch.tensor([4, 9]), width=12)   # generate itself stays eager; its forward compiles
+    step = torch.compile(m, backend=count, fullgraph=True)
+    before = len(graphs)
+    with torch.no_grad():
+        for length in (4, 7, 12):
+            ids = torch.where(torch.arange(12) < length, m.MASK, m.PAD).expand(2, 12)
+            step(ids, torch.randn(2, 512), ids != m.PAD, ids)
+    assert len(graphs) == before + 1
+
+
 def test_top_filter_keeps_a_tenth():
     x = torch.randn(5, 512)
     assert ((top_filter(x, 0.1) > float('-inf')).sum(1) == 52).all()

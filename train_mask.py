@@ -24,7 +24,7 @@ import text
 from configurator import configure, fail, lr_at, setup
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from motion import load_meta, load_split
-from vq import RVQVAE, CheckpointError, load, save, tokenize
+from vq import RVQVAE, CheckpointError, load, mean_over_ranks, save, tokenize
 
 # -----------------------------------------------------------------------------
 data = 'toy'                 # data/<data>/, from prepare_data.py
@@ -124,25 +124,30 @@ class Tokens:
         return ids, self.text[caption], t < n[:, None]
 
 
-class Step:
-    """What one stage trains and how its loss is formed. Draws are made for the global batch, on every rank alike; a rank
-    then takes its rows, and divides by the global count: the sum over ranks is the loss of one process."""
+# A stage's loss. Draws are made for the global batch, on every rank alike; a rank then takes its `rows` and divides by the
+# global count, so that the sum over ranks is the loss of one process.
 
-    def mask(ids, c, valid, ratio=None, generator=None, rows=slice(None)):
-        clean = ids[..., 0]
-        masked, chosen = model.corrupt(clean, c, valid, cfs_masking and ratio is None, cfs_lambda, r_exp, cfs_noise, ratio, generator)
-        msd_ids = torch.where(valid, clean, V + 1) if msd_attn == 'clean' else torch.where(valid, masked, V + 1)
-        logits = net(masked[rows], c[rows], valid[rows], msd_ids[rows])
-        return cross_entropy(logits, clean[rows], chosen[rows]) / chosen.sum()
+def mask_loss(ids, c, valid, rows=slice(None), generator=None, ratio=None):
+    """Algorithm 1. With a ratio (validation) that share is masked, uniformly."""
+    clean = ids[..., 0]
+    masked, chosen = model.corrupt(clean, c, valid, cfs_masking and ratio is None, cfs_lambda, r_exp, cfs_noise, ratio, generator)
+    seen = torch.where(valid, clean if msd_attn == 'clean' else masked, V + 1)
+    return cross_entropy(net(masked[rows], c[rows], valid[rows], seen[rows]), clean[rows], chosen[rows]) / chosen.sum()
 
-    def res(ids, c, valid, generator=None, rows=slice(None)):
-        layer = 1 + torch.arange(len(ids), device=run.device) % (Q - 1)
-        logits = net(ids[rows], c[rows], valid[rows], None, rows.start or 0)
-        target = ids.gather(2, layer[:, None, None].expand(-1, ids.shape[1], 1))[..., 0]
-        return cross_entropy(logits, target[rows], valid[rows]) / valid.sum()
 
-    def len(ids, c, valid, generator=None, rows=slice(None)):
-        return F.cross_entropy(net(c[rows]), valid[rows].sum(1), reduction='sum') / len(c)
+def res_loss(ids, c, valid, rows=slice(None), generator=None, ratio=None):
+    """MoMask Eq 4, each row for one layer."""
+    layer = 1 + torch.arange(len(ids), device=run.device) % (Q - 1)
+    target = ids.gather(2, layer[:, None, None].expand(-1, ids.shape[1], 1))[..., 0]
+    return cross_entropy(net(ids[rows], c[rows], valid[rows], None, rows.start or 0), target[rows], valid[rows]) / valid.sum()
+
+
+def len_loss(ids, c, valid, rows=slice(None), generator=None, ratio=None):
+    """Cross-entropy of the number of tokens."""
+    return F.cross_entropy(net(c[rows]), valid[rows].sum(1), reduction='sum') / len(c)
+
+
+stage_loss = {'mask': mask_loss, 'res': res_loss, 'len': len_loss}[stage]
 
 
 def cross_entropy(logits, target, where):
@@ -161,7 +166,7 @@ def evaluate():
         for pick in picks:
             batch = val.batch(pick)
             with run.autocast():
-                total += Step.mask(*batch, ratio=ratio, generator=g) if stage == 'mask' else getattr(Step, stage)(*batch)
+                total += stage_loss(*batch, generator=g, ratio=ratio)
         out[f'{ratio:.0%}' if ratio else stage] = float(total) / len(picks)
     model.train()
     return out
@@ -179,7 +184,7 @@ else:
 model = model.to(run.device)
 iters = {'mask': mask_iters, 'res': res_iters, 'len': len_iters}[stage]
 optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-it0, best = 0, float('inf')
+it0, best, history = 0, float('inf'), []
 if last:
     if last.get('config') != (None if stage == 'len' else asdict(shape)):
         fail(f'{out_dir}/{stage}_last.pt is a model of another config ({last["config"]}), this run asks for {asdict(shape)}.')
@@ -187,7 +192,7 @@ if last:
     optimizer.load_state_dict(last['optimizer'])
     run.generator.set_state(last['generator'])
     torch.set_rng_state(last['rng'])
-    it0, best = last['it'], last['best']
+    it0, best, history = last['it'], last['best'], last['history']
 net = torch.compile(model) if compile else model
 net = DDP(net) if run.world > 1 else net
 if batch_size % run.world:
@@ -217,15 +222,16 @@ for it in bar:
     if stage != 'len':
         c = c * (torch.rand(len(c), 1, device=run.device, generator=run.generator) >= cond_drop)
     with run.autocast():
-        loss = getattr(Step, stage)(ids, c, valid, generator=run.generator, rows=rows) * run.world   # DDP averages over ranks
+        loss = stage_loss(ids, c, valid, rows, run.generator) * run.world   # DDP averages over ranks
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
     tokens += ids.shape[0] * ids.shape[1]
-    if (it + 1) % log_every == 0 and run.main:
-        loss = loss.item()
+    if (it + 1) % log_every == 0:
+        loss = mean_over_ranks(loss)
+        history.append((it + 1, loss))
         if not math.isfinite(loss):
             fail(f'The loss is {loss} at step {it}: lower --lr, or look for broken clips.')
         seconds = time.perf_counter() - clock
@@ -238,7 +244,7 @@ for it in bar:
         if mean < best:
             best = mean
             checkpoint(f'{stage}.pt', it=it + 1, val=ce)
-        checkpoint(f'{stage}_last.pt', it=it + 1, best=best, optimizer=optimizer.state_dict(),
+        checkpoint(f'{stage}_last.pt', it=it + 1, best=best, history=history, optimizer=optimizer.state_dict(),
                    generator=run.generator.get_state(), rng=torch.get_rng_state())
         if run.main:
             tqdm.write(f'step {it + 1}: val cross-entropy ' + ', '.join(f'{k} {v:.3f}' for k, v in ce.items()))

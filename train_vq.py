@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configurator import configure, fail, lr_at, setup
 from motion import features_to_joints, load_meta, load_split
-from vq import RVQVAE, CheckpointError, VQConfig, load, save, tokenize
+from vq import RVQVAE, CheckpointError, VQConfig, load, mean_over_ranks, save, tokenize
 
 # -----------------------------------------------------------------------------
 data = 'toy'                 # data/<data>/, from prepare_data.py
@@ -109,9 +109,9 @@ def evaluate():
         x = val_windows.batch(vq_batch, g)
         loss, y, _, _ = losses(x)
         joints = [features_to_joints(model.denormalize(m).cpu(), J) for m in (x, y)]
-        total += loss.item() / batches
+        total += mean_over_ranks(loss) / batches
         a, b = (j - j[..., :1, :] for j in joints)
-        error += (a - b).norm(dim=-1).mean().item() / batches
+        error += mean_over_ranks((a - b).norm(dim=-1).mean().to(run.device)) / batches
     model.train()
     return total, 1000 * error / meta['units_per_metre']
 
@@ -120,14 +120,15 @@ if vq_batch % run.world:
     fail(f'vq_batch is {vq_batch}, which {run.world} ranks cannot share evenly.')
 train_windows, val_windows = Windows(train), Windows(val)
 optimizer = torch.optim.AdamW(model.parameters(), lr=vq_lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-it0, best = 0, float('inf')
+it0, best, history = 0, float('inf'), []
 if last:
     model.load_state_dict(last['model'])
     optimizer.load_state_dict(last['optimizer'])
     run.generator.set_state(last['generator'])
-    it0, best = last['it'], last['best']
+    it0, best, history = last['it'], last['best'], last['history']
 else:
-    model.init_codebooks(train_windows.batch(max(vq_batch, n_codes // 4), run.generator), run.generator)
+    enough = vq_batch * -(-n_codes // (vq_batch * window_frames // 4))   # at least a token per code
+    model.init_codebooks(train_windows.batch(enough, run.generator), run.generator)
 layer_count = torch.arange(n_quantizers + 1, device=run.device)   # the count as a tensor: one graph for all of them
 net = torch.compile(model) if compile else model
 net = DDP(net, broadcast_buffers=False) if run.world > 1 else net  # the codebooks step alike on every rank by themselves
@@ -168,8 +169,9 @@ for it in bar:
     optimizer.zero_grad(set_to_none=True)
     model.update_codebooks(ids, seen, n_active, run.generator)
 
-    if (it + 1) % log_every == 0 and run.main:
-        loss = loss.item()
+    if (it + 1) % log_every == 0:
+        loss = mean_over_ranks(loss)
+        history.append((it + 1, loss))
         if not loss < float('inf'):
             fail(f'The loss is {loss} at step {it}: look for broken clips, or lower --vq_lr.')
         rate = (it + 1 - since) * vq_batch / (time.perf_counter() - clock)
@@ -180,7 +182,7 @@ for it in bar:
         if mm < best:
             best = mm
             checkpoint('vq.pt', it=it + 1, mpjpe=mm)
-        checkpoint('vq_last.pt', it=it + 1, best=best, optimizer=optimizer.state_dict(), generator=run.generator.get_state())
+        checkpoint('vq_last.pt', it=it + 1, best=best, history=history, optimizer=optimizer.state_dict(), generator=run.generator.get_state())
         if run.main:
             used = ids[..., 0].unique().numel()
             tqdm.write(f'step {it + 1}: val loss {val_loss:.4f}, val MPJPE {mm:.1f} mm, {used} of {n_codes} base codes in the last batch')

@@ -1,0 +1,38 @@
+# make demo: environment, toy data, tokenizer, transformers, a few GIFs. A stage that is finished is not done again.
+# make test: the tests.
+PY = .venv/bin/python
+DONE = out/toy/.done
+export PYTHONUNBUFFERED = 1
+
+demo: $(DONE)-len
+	$(PY) sample.py config/toy.py --prompts=config/demo_prompts.txt
+	@echo "Look at out/toy/samples/*.gif. Next: $(PY) sample.py config/toy.py --prompt=\"a person turns left, then jumps\""
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+data/toy/meta.json: .venv/ready
+	$(PY) prepare_data.py toy
+
+$(DONE)-vq: data/toy/meta.json
+	$(PY) train_vq.py config/toy.py
+	touch $@
+
+$(DONE)-mask: $(DONE)-vq
+	$(PY) train_mask.py config/toy.py
+	touch $@
+
+$(DONE)-res: $(DONE)-mask
+	$(PY) train_mask.py config/toy.py --stage=res
+	touch $@
+
+$(DONE)-len: $(DONE)-res
+	$(PY) train_mask.py config/toy.py --stage=len
+	touch $@
+
+test: .venv/ready
+	$(PY) -m pytest -q
+
+.PHONY: demo test

@@ -1,0 +1,19 @@
+# HumanML3D at MoMask's sizes and schedule. python prepare_data.py hml3d --src=HumanML3D first.
+data = 'hml3d'
+text_encoder = 'clip'
+vq_iters = 50000
+vq_batch = 256
+batch_size = 64
+n_layers = 8
+mask_iters = 150000
+res_iters = 150000
+len_iters = 20000
+cond_scale = 4.0
+res_scale = 5.0
+# the evaluator at its official size, where the official one is not used
+ev_movement = 512
+ev_code = 512
+ev_motion_hidden = 1024
+ev_text_hidden = 512
+ev_ae_steps = 10000
+ev_steps = 30000
