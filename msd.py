@@ -158,16 +158,16 @@ def logit_std(q, k, valid):
     """sigma of the attention logits A = q k^T / sqrt(d) over the valid pairs, per sample and head, without forming A.
 
     q, k (B, H, n, d), valid (B, n) -> (B, H, 1, 1) float32. With q = q_mean + q', k = k_mean + k' the cross terms average
-    to zero and  d var(A) = k_mean^T Sq k_mean + q_mean^T Sk q_mean + <Sq, Sk>,  S = covariance (d, d): three sums of
-    squares, no cancellation.
+    to zero and  d var(A) = k_mean^T Sq k_mean + q_mean^T Sk q_mean + <Sq, Sk>,  S = covariance (d, d): sums of squares, so
+    nothing cancels, and bfloat16 products are good enough.
     """
-    ok = valid[:, None, :, None]
-    N = valid.sum(-1).view(-1, 1, 1, 1).clamp(min=1).float()
-    q, k = q.float() * ok, k.float() * ok
-    qm, km = q.sum(2, keepdim=True) / N, k.sum(2, keepdim=True) / N                      # (B, H, 1, d)
-    q, k = (q - qm) * ok, (k - km) * ok
-    cross = (q.transpose(2, 3) @ q * (k.transpose(2, 3) @ k)).sum((2, 3), keepdim=True) / N
-    var = (q @ km.mT).square().sum(2, keepdim=True) + (k @ qm.mT).square().sum(2, keepdim=True) + cross
+    N = valid.sum(-1).clamp(min=1).view(-1, 1, 1, 1)
+    x, ok = torch.stack([q, k]), valid[:, None, :, None].to(q.dtype)                      # (2, B, H, n, d)
+    mean = (ok / N).to(q.dtype).mT @ x                                                   # (2, B, H, 1, d)
+    x = (x - mean) * ok
+    S = (x.mT @ x).float()                                                               # N Sq, N Sk: (2, B, H, d, d)
+    m = mean.float().flip(0)
+    var = (S[0] * S[1]).sum((-2, -1), keepdim=True) / N + ((m @ S) * m).sum((0, -1)).unsqueeze(-1)
     return (var / (N * q.shape[-1]) + EPS).sqrt()
 
 
