@@ -3,7 +3,7 @@
     python sample.py config/toy.py --prompt="a person walks forward, then kicks with the left leg"
     python sample.py config/bandai.py --prompts=prompts.txt --repeats=3        # lines of text, or text#frames
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks with his left leg"
-    python sample.py config/bandai.py --msd_of=dataset-1_kick_normal_001      # a clip's Motion Spectral Descriptor, as a picture
+    python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001      # a clip's Motion Spectral Descriptor, as a picture
 
 For every motion: a GIF to look at and .npy joints (T, J, 3), with the prompt in the file name. Same seed, same motion.
 """

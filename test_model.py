@@ -186,7 +186,7 @@ def plain_attention(layer, x, valid, phi, seen, heads, front=1):
             mean, sigma = a.mean(), (a.var(unbiased=False) + msd.EPS).sqrt()
             fused = (1 - layer.alpha) * (A[b, h] - mean) / sigma + layer.alpha * S                  # Eq 13
             if layer.fusion == 'rescaled':
-                fused = fused * sigma
+                fused = (1 - layer.alpha) * (A[b, h] - mean) + layer.alpha * sigma.detach() * S
             out[b, h] = fused.masked_fill(~valid[b][None], float('-inf')).softmax(-1) @ v[b, h]
     return layer.out_proj(out.transpose(1, 2).reshape(B, N, d))
 
@@ -208,6 +208,37 @@ def test_motion_aware_attention_equals_plain(fusion, seed):
     for training in (False, True):      # the fused kernel, and the CPU training form
         layer.train(training)
         assert worst(layer(x, full, prior)[full], expected[full]) < 1e-5
+
+
+@pytest.mark.parametrize('fusion', ['zscore', 'rescaled'])
+def test_same_losses_as_plain_training(fusion, monkeypatch):
+    """Six training steps with the closed forms and six with the letter of Eq 13: the same losses, to rounding."""
+    def losses():
+        torch.manual_seed(4)
+        m = MaskTransformer(ModelConfig(**SMALL, fusion=fusion, dropout=0.0, alpha0=0.5), torch.randn(20, 8)).train()
+        optimizer, out = torch.optim.AdamW(m.parameters(), 1e-3), []
+        for _ in range(6):
+            ids, c = torch.randint(20, (6, 15)), torch.randn(6, 512)
+            valid = torch.arange(15) < torch.randint(2, 16, (6, 1))
+            masked, chosen = m.corrupt(ids, c, valid)
+            loss = F.cross_entropy(m(masked, c, valid).flatten(0, 1), torch.where(chosen, ids, -100).flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            out.append(loss.item())
+        return np.array(out)
+
+    fast = losses()
+    descriptor, current = MaskTransformer.descriptor, {}
+
+    def remember(self, ids):
+        current['phi'], current['seen'] = descriptor(self, ids)
+        return current['phi'], current['seen']
+    monkeypatch.setattr(MaskTransformer, 'descriptor', remember)
+    monkeypatch.setattr(Attention, 'forward', lambda self, x, valid, prior: plain_attention(
+        self, x, valid, current['phi'], current['seen'], self.H))
+    plain = losses()
+    assert np.abs(fast - plain).max() < 1e-4 and fast[0] != fast[1]
 
 
 @torch.no_grad()

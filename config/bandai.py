@@ -13,12 +13,15 @@ vq_warmup = 100
 vq_eval_every = 500
 # transformers
 latent = 256
-n_layers = 6
+n_layers = 4
 n_heads = 4
 ff = 768
-lr = 5e-4
+lr = 8e-4
 warmup = 200
 batch_size = 64
-mask_iters = 8000
-res_iters = 4000
+len_iters = 400
+mask_iters = 3200
+res_iters = 1500
 eval_every = 500
+# decoding
+cond_scale = 2.0
