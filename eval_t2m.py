@@ -21,7 +21,7 @@ import text
 from configurator import configure, fail, setup
 from evaluator import Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality, r_precision
 from model import Pipeline
-from motion import features_to_joints, load_meta, load_split
+from motion import SKELETONS, features_to_joints, load_meta, load_split
 from toy import passes
 from vq import CheckpointError
 
@@ -149,6 +149,19 @@ def measure(captions, emb, real_emb, rng):
             'Diversity': diversity(emb, rng=rng)}
 
 
+def physics(motions):
+    """What a loss never shows: how far feet move in frames whose contact feature says they stand (cm per frame), and the mean
+    acceleration of a joint (m/s^2; jitter when it is above real motion's, blur when below)."""
+    feet, slide, accel = list(SKELETONS[meta['skeleton']].feet), [], []
+    for m in motions:
+        j = joints_of(m) / meta['units_per_metre']
+        step = 100 * np.linalg.norm(np.diff(j[:, feet][..., [0, 2]], axis=0), axis=-1)
+        stands = m[:-1, -4:] > 0.5          # a contact feature speaks of the step to the next frame
+        slide.append((step * stands).sum() / max(stands.sum(), 1))
+        accel.append(np.linalg.norm(np.diff(j, 2, axis=0), axis=-1).mean() * meta['fps'] ** 2)
+    return {'slide cm': float(np.mean(slide)), 'accel m/s2': float(np.mean(accel))}
+
+
 def groups(captions, motions):
     """Strata of DynMask 4.4 -> {name: row indices}. Table 5: keywords in the caption. Table 6: terciles of mean joint speed
     and length together (mean of the two ranks), nothing of MSD. Length: terciles."""
@@ -170,7 +183,7 @@ def one_repeat(r):
     recon = reconstruct(real)
     motions = {'real motion': real, 'tokenizer': recon, **generate(captions, frames, seed + r)}
     emb = {row: judge.embed_motion(m, frames).numpy() for row, m in motions.items()}
-    rows = {row: measure(captions, e, emb['real motion'], rng) for row, e in emb.items()}
+    rows = {row: {**measure(captions, e, emb['real motion'], rng), **physics(motions[row])} for row, e in emb.items()}
     error = [mpjpe(joints_of(a), joints_of(b)).mean() for a, b in zip(recon, real)]
     rows['tokenizer']['MPJPE mm'] = 1000 * float(np.mean(error)) / meta['units_per_metre']
     if mm_batches:
@@ -190,10 +203,10 @@ def one_repeat(r):
 
 
 def table(names):
-    print(f"{'':18s}" + ''.join(f'{n:>18s}' for n in names))
+    print(f"{'':18s}" + ''.join(f'{n:>16s}' for n in names))
     for row, metrics in summary.items():
         cells = [f'{metrics[n][0]:.3f} ±{metrics[n][1]:.3f}' if n in metrics else '' for n in names]
-        print(f'{row:18s}' + ''.join(f'{c:>18s}' for c in cells))
+        print(f'{row:18s}' + ''.join(f'{c:>16s}' for c in cells))
 
 
 clock = time.perf_counter()
@@ -204,7 +217,7 @@ progress.close()
 seconds = time.perf_counter() - clock
 summary = {row: {m: interval([r[row][m] for r in results]) for m in results[0][row]} for row in results[0]}
 summary = {row: {m: (float(mean), float(half)) for m, (mean, half) in metrics.items()} for row, metrics in summary.items()}
-plain = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm'] + \
+plain = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm', 'accel m/s2'] + \
     (['detectors'] if 'detectors' in summary['real motion'] else [])
 print(f'\n{data} {split}, {len(draw(np.random.default_rng(0))[0])} clips, {repeats} repeats, {steps} steps, '
       f'guidance {cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}; mean ± 95% interval')
