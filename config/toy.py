@@ -20,9 +20,9 @@ dropout = 0.1
 lr = 1e-3
 warmup = 100
 batch_size = 64
-mask_iters = 2400
-res_iters = 800
-len_iters = 300
+mask_iters = 1700
+res_iters = 600
+len_iters = 200
 eval_every = 500
-# decoding: 2 passes more detectors than 4 on validation-sized samples, see the README
+# decoding
 cond_scale = 2.0
