@@ -4,7 +4,7 @@
     python bench.py --device=cuda --compile=True   # GPU: also batch 256, compile on and off; bench_cuda.json
 
 `plain` is the recipe of the reference code rebuilt from torch.nn here: float32, the CLIP text tower and the tokenizer run in
-every step, nn.TransformerEncoder with nn.Dropout, a gathered (B, V + 1, D) projection, two passes for guidance. Random
+every step, nn.TransformerEncoder with nn.Dropout, a gathered (B, V + 1, D) projection, two passes for guidance (tokenizer: the same network in float32). Random
 weights and data at the released sizes: time does not depend on them. Every figure is a median of runs taken in turn
 (A B C, A B C, ...), because machines are noisy.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import msd
 import text
 from configurator import configure, setup
-from model import MaskTransformer, ModelConfig, ResTransformer, guided, sinusoid, top_filter, twice
+from model import MaskTransformer, ModelConfig, ResTransformer, sinusoid, top_filter
 from vq import RVQVAE, VQConfig
 
 # -----------------------------------------------------------------------------
@@ -31,7 +31,7 @@ device = 'auto'
 dtype = 'auto'
 compile = False              # also time the compiled forms
 bench_json = ''              # '' is bench_<device>.json
-config = configure(globals())
+configure(globals())
 # -----------------------------------------------------------------------------
 run = setup(device, dtype, 0)
 cuda = run.device != 'cpu'

@@ -28,6 +28,12 @@ def fail(sentence):
     sys.exit(2)
 
 
+def choose(key, value, *options):
+    """Refuse a value that is none of the options."""
+    if value not in options:
+        fail(f"{key} is '{value}', expected {', '.join(options)}.")
+
+
 def _keys_of_all_scripts():
     """Names assigned a literal at the top level of any script here."""
     names = set()
@@ -96,19 +102,20 @@ def setup(device='auto', dtype='auto', seed=0):
     device, autocast (a context for forward passes), rank, world, main (is this rank 0?), generator (the same stream on
     every rank: data order and masks are drawn for the global batch), peak (FLOP/s of a plain matrix product, measured)."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    if device == 'auto':
-        device = f'cuda:{local}' if torch.cuda.is_available() else 'cpu'
+    choose('device', device, 'auto', 'cpu', 'cuda')
+    if device == 'cuda' and not torch.cuda.is_available():
+        fail('device is cuda, but torch sees no GPU here: leave --device out, or check the driver.')
+    device = 'cpu' if device == 'cpu' or not torch.cuda.is_available() else f'cuda:{local}'
     if world > 1 and not torch.distributed.is_initialized():
         if device.startswith('cuda'):
             torch.cuda.set_device(device)
         torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
     cuda = device.startswith('cuda')
     if dtype == 'auto':  # bfloat16 only where the hardware multiplies in it
-        native = torch.cuda.is_bf16_supported() if cuda else \
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else \
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         dtype = 'bfloat16' if native else 'float32'
-    if dtype not in ('bfloat16', 'float32'):
-        fail(f"dtype is '{dtype}', expected auto, bfloat16 or float32.")
+    choose('dtype', dtype, 'bfloat16', 'float32')
     if cuda:
         torch.set_float32_matmul_precision('high')
     random.seed(seed)

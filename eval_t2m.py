@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import text
-from configurator import configure, fail, setup
+from configurator import choose, configure, fail, setup
 from evaluator import Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality, r_precision
 from model import Pipeline
 from motion import SKELETONS, features_to_joints, load_meta, load_split
@@ -34,7 +34,7 @@ momask_root = ''
 momask_data = 't2m'          # 't2m' | 'kit'
 momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
 momask_res = ''
-text_encoder = ''            # '' is the one of training ('clip' for momask)
+momask_text = 'clip'         # text encoder for the official weights; their own is 'clip'
 evaluator = ''               # '' is <out_dir>/evaluator.pt, for momask the official one under momask_root
 glove_dir = ''               # the field's our_vab_* files, '' is <momask_root>/glove
 split = 'test'
@@ -65,24 +65,28 @@ decoding = dict(steps=steps, cond_scale=cond_scale, temperature=temperature, das
 DYNAMIC = ('kick', 'spin', 'jump', 'danc', 'run', 'punch', 'hop', 'turn', 'throw', 'cartwheel', 'slash', 'dash')
 ROWS = ('base tokens only', 'full')
 out_dir = out_dir or os.path.join('out', data)
+choose('init_from', init_from, 'checkpoint', 'momask')
+choose('msd_decode', msd_decode, 'kept', 'guess')
+if min(steps, repeats) < 1 or temperature <= 0:
+    fail(f'steps is {steps}, repeats {repeats}, temperature {temperature}: expected at least 1, 1, and above 0.')
 run = setup(device, dtype, seed)
 try:
     folder = os.path.join('data', data)
     meta, test = load_meta(folder)[0], load_split(folder, split)
     if init_from == 'momask':
-        pipe = Pipeline.from_momask(momask_root, momask_data, momask_mask, momask_res, text_encoder or 'clip', run.device)
-        judge = Evaluator.load(evaluator) if evaluator else Evaluator.from_t2m(momask_root, momask_data, glove_dir or None)
+        pipe = Pipeline.from_momask(momask_root, momask_data, momask_mask, momask_res, momask_text, run.device)
+        judge = Evaluator.load(evaluator, glove_dir or None) if evaluator else Evaluator.from_t2m(momask_root, momask_data, glove_dir or None)
     else:
         pipe = Pipeline.from_dir(out_dir, run.device, mask_file)
         path = evaluator or os.path.join(out_dir, 'evaluator.pt')
         if not os.path.exists(path):
-            fail(f'{path} is missing: run `python train_eval.py config/{data}.py` first.')
+            fail(f'{path} is missing: run `python train_eval.py config/{data}.py` first, or give --evaluator=out/{data}/evaluator.pt.')
         judge = Evaluator.load(path, glove_dir or None)
     if pipe.vq.config.dim != meta['dim'] or len(judge.mean) != meta['dim']:
         fail(f"data/{data} has {meta['dim']} features, the model {pipe.vq.config.dim}, the evaluator {len(judge.mean)}: "
              'they must be of one skeleton.')
     texts = [c['text'] for c in test.captions]
-    vectors = text.encode(texts, text_encoder or pipe.text_encoder, folder)
+    vectors = text.encode(texts, pipe.text_encoder, folder, run.device)
     if judge.words is None:
         print('No GloVe files (--glove_dir): captions are embedded with hashed words, so R-precision and MM-Dist of this '
               'official evaluator mean nothing here; FID and Diversity do.')
@@ -120,9 +124,9 @@ def generate(captions, frames, seed):
         n = torch.from_numpy(frames[pick] // 4)
         with run.autocast():
             ids = pipe.generate(vectors[captions[pick]], n, seed * 100_003 + i, res_scale, **decoding)
-            for row in ROWS:
-                for j, motion in zip(pick, pipe.features(ids[..., :1] if row == ROWS[0] else ids, n)):
-                    out[row][j] = motion.numpy()
+        for row in ROWS:
+            for j, motion in zip(pick, pipe.features(ids[..., :1] if row == ROWS[0] else ids, n)):
+                out[row][j] = motion.numpy()
         progress.update(len(pick))
     return out
 

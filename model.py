@@ -51,7 +51,7 @@ def dropout(x, p, training):
         return x
     if x.is_cuda or torch.compiler.is_compiling():  # there the generator is parallel and fused: nothing to gain
         return F.dropout(x, p)
-    n, drop = x.numel(), round(256 * p)
+    n, drop = x.numel(), max(1, round(256 * p))
     low = 256 * drop - 32768                          # a high byte below `drop` makes an int16 smaller than this
     r = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
     r = torch.stack([r, r << 8]).view(-1)[:n]         # each int16 is used for its high byte, then for its low one
@@ -222,10 +222,10 @@ class MaskTransformer(nn.Module):
     @torch.no_grad()
     def descriptor(self, ids):
         """MSD of a token sequence (B, n); [MASK] and [PAD] are unknown. Returns phi (B, n, W), seen (B, n)."""
-        G = self.G
-        if self.config.msd_embed == 'learned':
-            G = msd.gram(self.trunk.embed(self.token_emb.weight[:self.MASK]).detach())
         with torch.autocast(ids.device.type, enabled=False):
+            G = self.G
+            if self.config.msd_embed == 'learned':
+                G = msd.gram(self.trunk.embed(self.token_emb.weight[:self.MASK]).detach())
             return msd.descriptor(ids, G, ids < self.MASK, self.config.window)
 
     def forward(self, ids, c, valid, msd_ids=None):
@@ -233,8 +233,9 @@ class MaskTransformer(nn.Module):
         msd_ids, by default of ids themselves: the visible tokens."""
         prior = None
         if self.config.spectral_attn:
+            phi, seen = self.descriptor(torch.where(valid, ids if msd_ids is None else msd_ids, self.PAD))
             with torch.autocast(ids.device.type, enabled=False):
-                prior = msd.prior_qk(*self.descriptor(ids if msd_ids is None else msd_ids))
+                prior = msd.prior_qk(phi, seen & valid)   # windows behind the end see the motion too, but are not tokens
         x = self.token_emb(torch.where(valid, ids, self.PAD))
         return self.head(self.trunk(x, c, valid, prior=prior))
 
@@ -331,9 +332,9 @@ class ResTransformer(nn.Module):
     def forward(self, ids, c, valid, q=None, row0=0):
         """ids (B, n, Q) (layers from q on are not looked at), c (B, 512), valid (B, n) -> logits (B, n, V + 1) of layer q.
         q: an int for the whole batch; None cycles, row i learns layer 1 + (row0 + i) mod (Q - 1). Cycling instead of drawing
-        (rows are random anyway) turns the gather of a (B, V + 1, code_dim) projection into Q - 1 plain products."""
+        turns the gather of a (B, V + 1, code_dim) projection into Q - 1 plain products."""
         c_, V, B = self.config, self.config.n_codes, len(ids)
-        S = c_.n_quantizers - 1
+        S = c_.n_quantizers - 1   # layers to learn
         E, P = torch.cat([self.first, self.shared]), torch.cat([self.shared, self.last])
         ids = torch.where(valid[..., None], ids, V)
         rows = torch.arange(B, device=ids.device)

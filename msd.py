@@ -17,15 +17,15 @@ EPS = 1e-6  # in every variance and norm below
 
 # ---------------------------------------------------------------------------------------------------- the descriptor
 
-def dct_matrix(W):
+def dct_matrix(W, device=None):
     """Eq 5: the type-II DCT as a matrix C (W, W), C[k, n] = cos(pi/W (n + 1/2) k), in float64."""
-    n = torch.arange(W, dtype=torch.float64)
+    n = torch.arange(W, dtype=torch.float64, device=device)
     return torch.cos(math.pi / W * (n[None, :] + 0.5) * n[:, None])
 
 
-def band_weights(W):
+def band_weights(W, device=None):
     """Eq 12: w_k = exp(-k/3) / sum, (W,). Low bands weigh most."""
-    return torch.softmax(-torch.arange(W, dtype=torch.float32) / 3, 0)
+    return torch.softmax(-torch.arange(W, dtype=torch.float32, device=device) / 3, 0)
 
 
 def _spectrum_kernel(W, device):
@@ -35,15 +35,16 @@ def _spectrum_kernel(W, device):
     positions only through the products v_a . v_b with |a - b| < W, so f^2 is linear in those products, with the same
     coefficients at every position: a convolution over time. Lag d at tap i meets C[k, i] C[k, i + d], twice for d > 0.
     """
-    C, tap = dct_matrix(W).to(device), torch.arange(W, device=device)
+    C, tap = dct_matrix(W, device), torch.arange(W, device=device)
     other = tap + tap[:, None]                                          # [d, i] -> i + d
     K = C[:, None, :] * C[:, other.clamp(max=W - 1)] * (other < W)      # (W, W, W)
     return torch.cat([K[:, :1], 2 * K[:, 1:]], 1).float()
 
 
 def gram(codebook):
-    """G = E E^T (V, V) for code vectors (V, D): the only place where D appears. 1 MB at V = 512, once per codebook."""
-    return codebook.float() @ codebook.float().T
+    """G = E E^T (V, V) for code vectors (V, D): the only place where D appears. 1 MB at V = 512, once per codebook. Summed in
+    float64, because velocities are small differences of its entries."""
+    return (codebook.double() @ codebook.double().T).float()
 
 
 def descriptor(ids, G, known, W=8):
@@ -64,7 +65,7 @@ def descriptor(ids, G, known, W=8):
     shift = lambda x: F.pad(x, (0, W - 1)).unfold(1, W, 1)               # (B, n, W): [t, d] -> x[t + d]
     b1, b0, known_pair = shift(a1), shift(a0), shift(vknown) & vknown[..., None]
     a1, a0 = a1[..., None], a0[..., None]
-    c = (G[a1, b1] - G[a1, b0] - G[a0, b1] + G[a0, b0]) * known_pair     # exactly 0 where a token repeats
+    c = (G[a1, b1] - G[a1, b0] - G[a0, b1] + G[a0, b0]) * known_pair     # exactly 0 where a pose is held
     c = F.pad(c.transpose(1, 2), (W // 2, W - 1 - W // 2))
     f2 = F.conv1d(c, _spectrum_kernel(W, ids.device)).clamp(min=0)       # Eqs 5-6, (B, W, n); rounding can dip below 0
     f = f2.transpose(1, 2).sqrt()
@@ -142,7 +143,7 @@ def prior_qk(phi, seen):
     var = 4 |M|_F^2/N^2 + 2 var(a), because the cross terms vanish. Rows and columns that are not seen give 0, the
     neutral prior. tau of Eq 11 is a positive scale: the z-score cancels it.
     """
-    psi = phi * band_weights(phi.shape[-1]).to(phi.device).sqrt()
+    psi = phi * band_weights(phi.shape[-1], phi.device).sqrt()
     ok = seen[..., None].float()
     N = ok.sum(1, keepdim=True).clamp(min=1)                                            # (B, 1, 1)
     psi = (psi - (psi * ok).sum(1, keepdim=True) / N) * ok

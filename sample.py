@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import msd
 import text
-from configurator import configure, fail, setup
+from configurator import choose, configure, fail, setup
 from model import Pipeline
 from motion import draw_gif, draw_strip, features_to_joints, load_meta, load_split
 from vq import RVQVAE, CheckpointError
@@ -32,7 +32,7 @@ momask_root = ''
 momask_data = 't2m'          # 't2m' | 'kit'
 momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
 momask_res = ''
-text_encoder = ''            # '' is the one of training ('clip' for momask)
+momask_text = 'clip'         # text encoder for the official weights; their own is 'clip'
 prompt = ''
 prompts = ''                 # a file, one prompt a line: text or text#frames
 msd_of = ''                  # draw the MSD of this clip of the data set instead: its name, as in prepare_data.py
@@ -52,8 +52,8 @@ sigma_max = 0.5              # Eq 19
 msd_decode = 'kept'          # MSD of the 'kept' tokens or of the full 'guess'
 # machine
 device = 'auto'
-dtype = 'float32'            # the same motion on every machine; bfloat16 is faster where the hardware has it
-config = configure(globals())
+dtype = 'float32'            # the same motion on every CPU; bfloat16 is faster where the hardware has it
+configure(globals())
 # -----------------------------------------------------------------------------
 decoding = dict(steps=steps, cond_scale=cond_scale, temperature=temperature, das=das_sampling, lambda_D=lambda_D, beta=beta,
                 sigma_max=sigma_max, msd_decode=msd_decode)
@@ -79,7 +79,7 @@ def draw_msd(name):
     fig, (top, heat, line) = plt.subplots(3, 1, figsize=(11, 5.2), height_ratios=(2.0, 1.3, 1.0), layout='constrained')
     top.imshow(strip)
     top.axis('off')
-    caption = next(c['text'] for c in split.captions if c['clip'] == where[0])
+    caption = next((c['text'] for c in split.captions if c['clip'] == where[0]), '')
     top.set_title(f'{name}: "{caption}"', fontsize=10)
     seconds = 4 / meta['fps'] * ids.shape[1]
     heat.imshow(phi[0].T, aspect='auto', origin='lower', extent=(0, seconds, -0.5, phi.shape[-1] - 0.5), cmap='magma')
@@ -113,10 +113,14 @@ if prompts:
                 jobs.append((words.strip(), int(frames) if mark else length))
 if not jobs or not all(re.search(r'\w', words) for words, _ in jobs):
     fail('The prompt is empty: give --prompt="a person walks forward" or --prompts=file.txt.')
+choose('init_from', init_from, 'checkpoint', 'momask')
+choose('msd_decode', msd_decode, 'kept', 'guess')
+if min(steps, repeats) < 1 or temperature <= 0:
+    fail(f'steps is {steps}, repeats {repeats}, temperature {temperature}: expected at least 1, 1, and above 0.')
 run = setup(device, dtype, seed)
 try:
     if init_from == 'momask':
-        pipe = Pipeline.from_momask(momask_root, momask_data, momask_mask, momask_res, text_encoder or 'clip', run.device)
+        pipe = Pipeline.from_momask(momask_root, momask_data, momask_mask, momask_res, momask_text, run.device)
     else:
         pipe = Pipeline.from_dir(out_dir, run.device)
     longest = pipe.meta['max_frames']
@@ -125,7 +129,7 @@ try:
             fail(f"The length of '{words}' is {frames} frames, expected 4 to {longest} ({longest / pipe.meta['fps']:.1f} s at "
                  f"{pipe.meta['fps']} fps), or 0 to let the length estimator choose.")
     jobs = [job for job in jobs for _ in range(repeats)]
-    c = text.encode([words for words, _ in jobs], text_encoder or pipe.text_encoder, os.path.join(out_dir, 'text'))
+    c = text.encode([words for words, _ in jobs], pipe.text_encoder, os.path.join(out_dir, 'text'), run.device)
     n = np.array([frames // 4 for _, frames in jobs])
     if not n.all():
         n = np.where(n > 0, n, pipe.lengths(c, seed).cpu().numpy())

@@ -116,7 +116,7 @@ GOLDEN = os.path.join(HERE, '..', 'shared', 'golden', 't2m', 'momask_checkpoints
 
 @pytest.mark.skipif(not os.path.isdir(GOLDEN), reason='the reference checkpoints (../shared/golden) are not here')
 def test_official_checkpoints_sample_and_evaluate(folder):
-    golden = ['--init_from=momask', f'--momask_root={GOLDEN}', '--text_encoder=hash']
+    golden = ['--init_from=momask', f'--momask_root={GOLDEN}', '--momask_text=hash']
     run(folder, 'sample.py', *golden, '--prompt=a man kicks', '--samples_dir=m')
     assert glob.glob(str(folder / 'm' / '*.gif'))
     out = run(folder, 'eval_t2m.py', '--data=tiny', *golden, '--repeats=1', '--steps=2', '--mm_batches=0', '--out_dir=out/momask')

@@ -57,11 +57,11 @@ def clip_tower(pretrained='openai', device='cpu'):
     @torch.no_grad()
     def encode(captions):
         parts = [model.encode_text(tokenizer(captions[i:i + 64]).to(device)) for i in range(0, len(captions), 64)]
-        return torch.cat(parts).float() if parts else torch.zeros(0, DIM)
+        return torch.cat(parts).float().cpu() if parts else torch.zeros(0, DIM)
     return encode
 
 
-def encode(captions, encoder, cache=None, tower=None):
+def encode(captions, encoder, cache=None, device='cpu', tower=None):
     """captions (list of N str) -> (N, 512) float32 tensor. With cache (a folder) the vectors of unique captions are kept in
     <cache>/text_<encoder>.npz and only new ones are computed. tower replaces the CLIP tower (tests)."""
     if encoder == 'hash':
@@ -75,10 +75,10 @@ def encode(captions, encoder, cache=None, tower=None):
             known = dict(zip(f['captions'].tolist(), f['vectors']))
     new = sorted(set(captions) - set(known))
     if new:
-        known.update(zip(new, (tower or clip_tower())(new).numpy()))
+        known.update(zip(new, (tower or clip_tower(device=device))(new).numpy()))
         if path:
             os.makedirs(cache, exist_ok=True)
-            with open(path + '.tmp', 'wb') as f:
+            with open(f'{path}.{os.getpid()}.tmp', 'wb') as f:   # several ranks may come here at once
                 np.savez(f, captions=np.array(list(known)), vectors=np.stack(list(known.values())))
-            os.replace(path + '.tmp', path)
+            os.replace(f.name, path)
     return torch.from_numpy(np.stack([known[c] for c in captions])) if captions else torch.zeros(0, DIM)

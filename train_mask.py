@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import text
-from configurator import configure, fail, lr_at, setup
+from configurator import choose, configure, fail, lr_at, setup
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from motion import load_meta, load_split
 from vq import RVQVAE, CheckpointError, load, mean_over_ranks, save, tokenize
@@ -73,8 +73,12 @@ config = configure(globals())
 out_dir = out_dir or os.path.join('out', data)
 vq = vq or os.path.join(out_dir, 'vq.pt')
 folder = os.path.join('data', data)
-if stage not in ('mask', 'res', 'len'):
-    fail(f"stage is '{stage}', expected mask, res or len.")
+for _key, *_options in (('stage', 'mask', 'res', 'len'), ('init_from', 'scratch', 'resume'), ('text_encoder', 'clip', 'hash'),
+                        ('fusion', 'rescaled', 'zscore', 'temperature'), ('msd_embed', 'codebook', 'learned'),
+                        ('msd_attn', 'visible', 'clean')):
+    choose(_key, globals()[_key], *_options)
+if latent % (2 * n_heads):
+    fail(f'latent is {latent} and n_heads {n_heads}: expected a latent that is a multiple of 2 x n_heads.')
 run = setup(device, dtype, seed)
 warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
 try:
@@ -86,14 +90,18 @@ try:
     vq_hash = tokenizer.fingerprint()
     if tokenizer.config.dim != meta['dim']:
         fail(f"{vq} codes {tokenizer.config.dim} features, data/{data} has {meta['dim']}: it was trained on another data set.")
+    if last and last['device'] != run.device[:4]:
+        fail(f"{out_dir}/{stage}_last.pt was written on {last['device']}, this is {run.device}: random states do not carry over.")
+    if Q < 2 and stage == 'res':
+        fail(f'{vq} has one quantizer: there are no residual layers to train.')
     if last and last['vq_hash'] != vq_hash:
         fail(f'{out_dir}/{stage}_last.pt was trained on the tokens of another tokenizer than {vq}: train it from scratch.')
-    vectors = {s: text.encode([c['text'] for c in splits[s].captions], text_encoder, folder) for s in splits}
+    vectors = {s: text.encode([c['text'] for c in splits[s].captions], text_encoder, folder, run.device) for s in splits}
 except (CheckpointError, ValueError, FileNotFoundError, RuntimeError) as e:
     fail(str(e))
 N = meta['max_frames'] // 4  # longest clip in tokens
 CROP = run.device == 'cpu' and not compile   # crop a batch to its longest; a GPU or a compiled graph prefers one static shape
-POOL = 8 if CROP else 1      # similar lengths share a batch: a step on bandai takes POOL_GAIN of the time
+POOL = 8 if CROP else 1      # similar lengths share a batch: on toy that leaves 60% of the positions to compute
 V, Q = tokenizer.config.n_codes, tokenizer.config.n_quantizers
 
 
@@ -194,14 +202,21 @@ if last:
     model.load_state_dict(last['model'])
     optimizer.load_state_dict(last['optimizer'])
     run.generator.set_state(last['generator'])
-    torch.set_rng_state(last['rng'])
+    if run.world > 1:   # only one rank's dropout stream is in the file: go on with fresh ones
+        torch.manual_seed(seed + run.rank + 1_000_003 * last['it'])
+    else:
+        torch.set_rng_state(last['rng'])
+        if run.device != 'cpu':
+            torch.cuda.set_rng_state(last['cuda_rng'])
     it0, best, history, pending = last['it'], last['best'], last['history'], last['pending']
 net = torch.compile(model) if compile else model
 net = DDP(net) if run.world > 1 else net
 if batch_size % run.world:
     fail(f'batch_size is {batch_size}, which {run.world} ranks cannot share evenly.')
 rows = slice(run.rank * batch_size // run.world, (run.rank + 1) * batch_size // run.world)
-n_params = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and 'emb' not in n)   # those that multiply
+n_params = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and 'token_emb' not in n)   # those that multiply
+if stage == 'res':
+    n_params += (V + 1) * tokenizer.config.code_dim   # and one layer's projection
 flops = 6 * n_params + (0 if stage == 'len' else 12 * n_layers * latent * N)    # per token: products, and attention's two
 
 
@@ -234,7 +249,7 @@ for it in bar:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    tokens += ids.shape[0] * ids.shape[1]
+    tokens += len(ids) * (1 if stage == 'len' else ids.shape[1])
     if (it + 1) % log_every == 0:
         loss = mean_over_ranks(loss)
         history.append((it + 1, loss))
@@ -251,7 +266,8 @@ for it in bar:
             best = mean
             checkpoint(f'{stage}.pt', it=it + 1, val=ce)
         checkpoint(f'{stage}_last.pt', it=it + 1, best=best, history=history, pending=pending, optimizer=optimizer.state_dict(),
-                   generator=run.generator.get_state(), rng=torch.get_rng_state())
+                   generator=run.generator.get_state(), rng=torch.get_rng_state(), device=run.device[:4],
+                   **({} if run.device == 'cpu' else {'cuda_rng': torch.cuda.get_rng_state()}))
         if run.main:
             tqdm.write(f'step {it + 1}: val cross-entropy ' + ', '.join(f'{k} {v:.3f}' for k, v in ce.items()))
         clock, since, tokens = time.perf_counter(), it + 1, 0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configurator import configure, fail, lr_at, setup
+from configurator import choose, configure, fail, lr_at, setup
 from motion import features_to_joints, load_meta, load_split
 from vq import RVQVAE, CheckpointError, VQConfig, load, mean_over_ranks, save, tokenize
 
@@ -58,6 +58,9 @@ try:
 except (CheckpointError, ValueError, FileNotFoundError) as e:
     fail(str(e))
 warnings.filterwarnings('ignore', 'The given NumPy array is not writable')  # the memory map is only read
+choose('init_from', init_from, 'scratch', 'resume')
+if window_frames % 4 or window_frames < 4:
+    fail(f'window_frames is {window_frames}, expected a multiple of 4: a token is 4 frames.')
 run = setup(device, dtype, seed)
 D, J = meta['dim'], meta['n_joints']
 
@@ -65,7 +68,7 @@ std = torch.from_numpy(std)
 std[:4] /= 5                 # root and contacts weigh five times more, as in the reference
 std[-4:] /= 5
 model = RVQVAE(VQConfig(dim=D, n_codes=n_codes, code_dim=code_dim, n_quantizers=n_quantizers, width=vq_width,
-                        depth=vq_depth, quantize_dropout=quantize_dropout), mean, std).to(run.device)
+                        depth=vq_depth), mean, std).to(run.device)
 if last and last['config'] != asdict(model.config):
     fail(f"{out_dir}/vq_last.pt was trained with {last['config']}, this run asks for {asdict(model.config)}.")
 
@@ -120,6 +123,10 @@ if vq_batch % run.world:
     fail(f'vq_batch is {vq_batch}, which {run.world} ranks cannot share evenly.')
 train_windows, val_windows = Windows(train), Windows(val)
 optimizer = torch.optim.AdamW(model.parameters(), lr=vq_lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+layer_count = torch.arange(n_quantizers + 1, device=run.device)   # the count as a tensor: one graph for all of them
+net = torch.compile(model) if compile else model
+net = DDP(net, broadcast_buffers=False) if run.world > 1 else net   # from here on all ranks have rank 0's weights; codebooks
+                                                                    # then start and step alike on every rank by themselves
 it0, best, history = 0, float('inf'), []
 if last:
     model.load_state_dict(last['model'])
@@ -129,9 +136,6 @@ if last:
 else:
     enough = vq_batch * -(-n_codes // (vq_batch * window_frames // 4))   # at least a token per code
     model.init_codebooks(train_windows.batch(enough, run.generator), run.generator)
-layer_count = torch.arange(n_quantizers + 1, device=run.device)   # the count as a tensor: one graph for all of them
-net = torch.compile(model) if compile else model
-net = DDP(net, broadcast_buffers=False) if run.world > 1 else net  # the codebooks step alike on every rank by themselves
 if run.main:
     n_params = sum(p.numel() for p in model.parameters())
     print(f'{data}: {len(train.start)} clips, {len(train_windows.starts)} windows; tokenizer {n_params / 1e6:.1f}M weights; '
@@ -164,7 +168,7 @@ for it in bar:
     n_active = rng.randint(1, n_quantizers) if rng.random() < quantize_dropout else n_quantizers
     loss, _, ids, seen = losses(train_windows.batch(vq_batch, run.generator), layer_count[n_active])
     loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.update_codebooks(ids, seen, n_active, run.generator)

@@ -31,7 +31,6 @@ class VQConfig:
     dilation: int = 3            # dilation growth within them
     down: int = 2                # stride-2 stages: 2**down frames per token
     mu: float = 0.99             # EMA decay of the codebooks
-    quantize_dropout: float = 0.2
 
 
 class ResBlock(nn.Module):
@@ -101,7 +100,6 @@ class RVQVAE(nn.Module):
         self.config = c = config
         self.register_buffer('mean', torch.zeros(c.dim) if mean is None else torch.as_tensor(mean, dtype=torch.float32))
         self.register_buffer('std', torch.ones(c.dim) if std is None else torch.as_tensor(std, dtype=torch.float32))
-        self.register_buffer('ready', torch.tensor(False))  # codebooks hold data yet?
         self.encoder, self.decoder = make_encoder(c), make_decoder(c)
         self.quantizers = nn.ModuleList(Quantizer(c) for _ in range(c.n_quantizers))
 
@@ -121,7 +119,7 @@ class RVQVAE(nn.Module):
         when None; a tensor is fine). Returns ids (B, n, Q), the sum of codes (B, n, code_dim), the per-layer commitment
         losses summed (scalar), and the residuals each quantizer saw, [(B n, code_dim)] * Q."""
         B, n, D = z.shape
-        z = z.float()                       # nearest codes in full precision: ids must not depend on autocast
+        z = z.float()                       # nearest codes outside autocast: bfloat16 would pick others
         with torch.autocast(z.device.type, enabled=False):
             r, total, commit, ids, seen = z.reshape(B * n, D), 0, 0.0, [], []
             for v, quantizer in enumerate(self.quantizers):
@@ -158,7 +156,6 @@ class RVQVAE(nn.Module):
         for quantizer in self.quantizers:
             quantizer.init(r[torch.randint(len(r), (len(quantizer.codebook),), generator=generator, device=r.device)])
             r = r - quantizer.codebook[quantizer.nearest(r)]
-        self.ready.fill_(True)
 
     def decode_latent(self, b):
         """code vectors (B, n, code_dim) -> motion (B, 4 n, D), normalised."""
@@ -178,6 +175,7 @@ class RVQVAE(nn.Module):
     def decode_padded(self, ids, n):
         """The same for a padded batch: ids (B, N, q) of which row i has n[i] tokens -> (B, 4 N, D), zeros behind each end.
         Rows of one length are decoded together, so that no motion is touched by what stands behind it."""
+        n = n.cpu()
         out = torch.zeros(ids.shape[0], 4 * ids.shape[1], self.config.dim, device=ids.device)
         for length in n.unique().tolist():
             rows = (n == length).nonzero()[:, 0]
@@ -216,7 +214,7 @@ class RVQVAE(nn.Module):
         mean, std = (load_stat(os.path.join(root, dataset, name, 'meta', f'{s}.npy'), dim) for s in ('mean', 'std'))
         model = cls(config, mean, std)
         ours = {k.replace('quantizer.layers', 'quantizers').replace('model.', ''): t for k, t in w.items()}
-        load_named(model, ours, path, missing_ok=r'mean|std|ready|.*code_(sum|count)')
+        load_named(model, ours, path, missing_ok=r'mean|std|.*code_(sum|count)')
         return model.eval()
 
 
@@ -243,9 +241,9 @@ def tokenize(model, split, path, device='cpu'):
                     ids[phase, start[clip]:start[clip] + length] = row
                 bar.update(len(clips))
     bar.close()
-    with open(path + '.tmp', 'wb') as f:
+    with open(f'{path}.{os.getpid()}.tmp', 'wb') as f:   # several ranks may come here at once
         np.save(f, ids)
-    os.replace(path + '.tmp', path)
+    os.replace(f.name, path)
     return ids
 
 
