@@ -92,7 +92,7 @@ try:
         fail(f"{vq} codes {tokenizer.config.dim} features, data/{data} has {meta['dim']}: it was trained on another data set.")
     if last and last['device'] != run.device[:4]:
         fail(f"{out_dir}/{stage}_last.pt was written on {last['device']}, this is {run.device}: random states do not carry over.")
-    if Q < 2 and stage == 'res':
+    if tokenizer.config.n_quantizers < 2 and stage == 'res':
         fail(f'{vq} has one quantizer: there are no residual layers to train.')
     if last and last['vq_hash'] != vq_hash:
         fail(f'{out_dir}/{stage}_last.pt was trained on the tokens of another tokenizer than {vq}: train it from scratch.')
