@@ -129,7 +129,7 @@ def setup(device='auto', dtype='auto', seed=0):
 
 def _peak_flops(device, dtype):
     """FLOP/s of the best of three square products: what MFU is measured against, on any machine."""
-    n = 8192 if device.startswith('cuda') else 2048
+    n = 8192 if device.startswith('cuda') else 1024
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     best = float('inf')
     for _ in range(4):

@@ -21,7 +21,7 @@ import msd
 import text
 from configurator import choose, configure, fail, setup
 from model import Pipeline
-from motion import draw_gif, draw_strip, features_to_joints, load_meta, load_split
+from motion import draw_gif, draw_grid, draw_strip, features_to_joints, load_meta, load_split
 from vq import RVQVAE, CheckpointError
 
 # -----------------------------------------------------------------------------
@@ -138,7 +138,7 @@ except (CheckpointError, ValueError, FileNotFoundError, RuntimeError) as e:
 n = torch.from_numpy(n)
 folder = samples_dir or os.path.join(out_dir, 'samples')
 os.makedirs(folder, exist_ok=True)
-clock, motions = time.perf_counter(), []
+clock, motions, drawn = time.perf_counter(), [], []
 for i in range(0, len(jobs), 64):
     part = slice(i, i + 64)
     with run.autocast():
@@ -150,4 +150,7 @@ for i, ((words, _), features) in enumerate(tqdm(list(zip(jobs, motions)), desc='
     name = os.path.join(folder, f'{i:03d}_' + re.sub(r'\W+', '-', words.lower()).strip('-')[:80])
     np.save(name + '.npy', joints)
     draw_gif(joints, name + '.gif', words, pipe.meta['fps'])
-print(f'written to {folder}/: {os.path.basename(name)}.gif' + (' and others' if len(jobs) > 1 else ''))
+    drawn.append((words, joints))
+if len(drawn) > 1:
+    draw_grid(drawn[:9], os.path.join(folder, 'grid.gif'))   # the first nine side by side
+print(f'written to {folder}/: {os.path.basename(name)}.gif' + (' and others, side by side in grid.gif' if len(jobs) > 1 else ''))

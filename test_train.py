@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -82,9 +83,8 @@ def folder(tmp_path_factory):
             'max_frames': 80, 'contact_threshold': 0.002, 'units_per_metre': 1, 'counts': counts}
     motion.save_meta(str(data), meta, np.zeros(263), np.ones(263))
     run(folder, 'train_vq.py', 'config/tiny.py')
-    run(folder, 'train_mask.py', 'config/tiny.py')
-    run(folder, 'train_mask.py', 'config/tiny.py', '--stage=res')
-    run(folder, 'train_mask.py', 'config/tiny.py', '--stage=len')
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda stage: run(folder, 'train_mask.py', 'config/tiny.py', f'--stage={stage}'), ('mask', 'res', 'len')))
     return folder
 
 
@@ -183,21 +183,27 @@ if rank == 0:
 
 
 def test_mistakes_are_one_sentence(folder):
-    says = lambda *command: run(folder, *command, ok=False)
-    assert 'is not a setting of train_mask.py; close: alpha0' in says('train_mask.py', 'config/tiny.py', '--alpha=0')
-    assert "expected int" in says('train_mask.py', 'config/tiny.py', '--batch_size=many')
-    assert 'config/none.py does not exist' in says('train_vq.py', 'config/none.py')
     (folder / 'config' / 'typo.py').write_text('n_layer = 3\n')
-    assert 'n_layer, which no script here knows' in says('train_mask.py', 'config/typo.py')
     (folder / 'config' / 'bad.py').write_text('n_layers = = 3\n')
-    assert 'is not a config file' in says('train_mask.py', 'config/bad.py')
-    assert 'python prepare_data.py toy' in says('train_vq.py', '--data=toy')
-    assert 'train_vq.py' in says('train_mask.py', 'config/tiny.py', '--out_dir=out/empty')
-    assert 'train_mask.py config/tiny.py' in says('sample.py', 'config/tiny.py', '--out_dir=out/empty/tiny', '--prompt=x')
-    assert 'The prompt is empty' in says('sample.py', 'config/tiny.py', '--prompt=  ')
-    for length in ('3', '84'):
-        assert 'expected 4 to 80' in says('sample.py', 'config/tiny.py', '--prompt=a person', f'--length={length}')
-    assert 'does not exist' in says('sample.py', 'config/tiny.py', '--prompts=none.txt')
+    mistakes = [
+        ('is not a setting of train_mask.py; close: alpha0', 'train_mask.py', 'config/tiny.py', '--alpha=0'),
+        ('expected int', 'train_mask.py', 'config/tiny.py', '--batch_size=many'),
+        ('fusion is \'sharp\', expected rescaled, zscore', 'train_mask.py', 'config/tiny.py', '--fusion=sharp'),
+        ('init_from is \'resum\', expected scratch, resume', 'train_vq.py', 'config/tiny.py', '--init_from=resum'),
+        ('config/none.py does not exist', 'train_vq.py', 'config/none.py'),
+        ('n_layer, which no script here knows', 'train_mask.py', 'config/typo.py'),
+        ('is not a config file', 'train_mask.py', 'config/bad.py'),
+        ('python prepare_data.py toy', 'train_vq.py', '--data=toy'),
+        ('train_vq.py', 'train_mask.py', 'config/tiny.py', '--out_dir=out/empty'),
+        ('train_mask.py config/tiny.py', 'sample.py', 'config/tiny.py', '--out_dir=out/empty/tiny', '--prompt=x'),
+        ('The prompt is empty', 'sample.py', 'config/tiny.py', '--prompt=  '),
+        ('expected 4 to 80', 'sample.py', 'config/tiny.py', '--prompt=a person', '--length=3'),
+        ('expected 4 to 80', 'sample.py', 'config/tiny.py', '--prompt=a person', '--length=84'),
+        ('does not exist', 'sample.py', 'config/tiny.py', '--prompts=none.txt'),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for (words, *_), out in zip(mistakes, pool.map(lambda m: run(folder, *m[1:], ok=False), mistakes)):
+            assert words in out
 
 
 def test_a_transformer_refuses_another_tokenizer(folder):
