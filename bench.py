@@ -194,10 +194,11 @@ def steps():
         call = torch.compile(vq) if net else vq
 
         def loss():
-            y, commit, ids, seen = call(windows)
-            vq.update_codebooks(ids, seen, 6, run.generator)
+            y, commit, *found = call(windows)
+            tokens[:] = found
             return F.smooth_l1_loss(y.float(), windows) + 0.02 * commit
-        return trained(vq, loss, fast)
+        tokens, step = [], trained(vq, loss, fast)
+        return lambda: (step(), vq.update_codebooks(*tokens, 6, run.generator))
 
     runs = {'plain': rvq(False), 'ours': rvq(True)}
     if compile:
