@@ -175,6 +175,9 @@ if world > 1:
     assert torch.equal(everyone[0], everyone[1]), 'the ranks differ'
 if rank == 0:
     torch.save(books, f'books{world}.pt')
+if world > 1:
+    dist.barrier()                  # a rank that leaves early aborts the other's teardown
+    dist.destroy_process_group()
 """)
     run(folder, 'ranks.py')
     run(folder, 'ranks.py', ranks=2)
