@@ -12,6 +12,7 @@ import json
 import time
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import msd
 import text
 from configurator import configure, setup
-from model import MaskTransformer, ModelConfig, ResTransformer, sinusoid, top_filter
+from model import MaskTransformer, ModelConfig, ResTransformer, sinusoid
 from vq import RVQVAE, VQConfig
 
 # -----------------------------------------------------------------------------
@@ -96,10 +97,11 @@ class PlainTransformer(nn.Module):
         return self.out(h) if q is None else torch.einsum('bnd,bvd->bnv', self.out_code(h), self.tables[q - 1])
 
 
-def random_clip_tower():
-    """Batches of captions through a CLIP text tower of random weights, without cache."""
-    torch.manual_seed(0)
-    return text.clip_tower(pretrained=None, device=run.device)
+def clip_towers():
+    """Captions through CLIP text towers of random weights, without cache: open_clip's encode_text (plain), and text.py's."""
+    plain = open_clip.create_model('ViT-B-32-quickgelu', pretrained=None).eval().requires_grad_(False).to(run.device)
+    words = open_clip.get_tokenizer('ViT-B-32-quickgelu')
+    return lambda captions: plain.encode_text(words(captions).to(run.device)), text.clip_tower(pretrained=None, device=run.device)
 
 
 captions = [f'a person walks forward {i} steps and then turns around to the left' for i in range(batch)]
@@ -143,10 +145,11 @@ def tokenizer():
 
 
 def steps():
-    tower, vq, plain = random_clip_tower(), tokenizer().eval(), PlainTransformer().to(run.device).train()
+    (tower, _), vq, plain = clip_towers(), tokenizer().eval(), PlainTransformer().to(run.device).train()
 
     def plain_inputs():
-        return vq.encode(motion), tower(captions).to(run.device)
+        with torch.no_grad():
+            return vq.encode(motion), tower(captions)
 
     def plain_mask():
         ids, c = plain_inputs()
@@ -208,14 +211,15 @@ def steps():
 
 @torch.no_grad()
 def generation():
-    tower, vq, plain, plain_r = random_clip_tower(), tokenizer().eval(), PlainTransformer().to(run.device).eval(), \
+    (plain_tower, tower), vq, plain, plain_r = clip_towers(), tokenizer().eval(), PlainTransformer().to(run.device).eval(), \
         PlainTransformer().to(run.device).eval()
 
-    def sample(logits, keep=0.1):
-        return F.softmax(top_filter(logits, keep), -1).flatten(0, 1).multinomial(1).view(logits.shape[:-1])
+    def sample(logits, keep=52):
+        filtered = logits.masked_fill(logits < logits.topk(keep, -1).values[..., -1:], -torch.inf)
+        return filtered.softmax(-1).flatten(0, 1).multinomial(1).view(logits.shape[:-1])
 
     def plain_generate(B):
-        text_c, ok = tower(captions[:1] * B).to(run.device), torch.ones(B, n_tokens, dtype=torch.bool, device=run.device)
+        text_c, ok = plain_tower(captions[:1] * B), torch.ones(B, n_tokens, dtype=torch.bool, device=run.device)
         ids = torch.full((B, n_tokens), 512, device=run.device)
         score = torch.zeros(B, n_tokens, device=run.device)
         for step in range(10):
@@ -275,7 +279,7 @@ def attention_case(form, n, B=2, H=6, d=64, W=8):
         o = ((1 - a) * z(q @ k.mT / d ** 0.5) + a * S[:, None]).softmax(-1) @ v
     else:
         qs, ks = (F.pad(p, (0, -(d + W + 2) % 8))[:, None].expand(B, H, n, -1) for p in msd.prior_qk(*msd.descriptor(ids, G, ok, W)))
-        content = (1 - a) * d ** -0.5 / msd.logit_std(q, k, ok)
+        content = (1 - a) * d ** -0.5 / msd.logit_std(torch.stack([q, k]), ok)
         q2, k2 = torch.cat([q * content, a * qs], -1), torch.cat([k, ks], -1)
         o = F.scaled_dot_product_attention(q2, k2, F.pad(v, (0, q2.shape[-1] - d)), scale=1.0)[..., :d]
     o.square().mean().backward()

@@ -59,6 +59,12 @@ def dropout(x, p, training):
     return x * keep.to(x.dtype).mul_(256 / (256 - drop)).view(x.shape)
 
 
+def forms_logits(x):
+    """Does attention over x (B, N, d) write down its N x N logits? On CPU and in short sequences it is faster: for 64 x 6 heads of
+    50 tokens in bfloat16 4.3 ms against the fused kernel's 8.5. bench.py --what=attention shows what long sequences gain."""
+    return not x.is_cuda and x.shape[1] <= 256
+
+
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
@@ -69,27 +75,33 @@ class Attention(nn.Module):
         if c.spectral_attn and c.fusion == 'temperature':
             self.log_temp = nn.Parameter(torch.zeros(c.n_heads, 1, 1))
 
-    def forward(self, x, valid, prior=None):
-        """x (B, N, d), valid (B, N) bool, prior = (qs, ks) (B, N, W + 2) from msd.prior_qk -> (B, N, d)."""
+    def forward(self, x, valid, pad, prior=None):
+        """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N): 0 or -inf, prior from Trunk.spread_prior -> (B, N, d)."""
         B, N, d = x.shape
-        q, k, v = self.in_proj(x).view(B, N, 3, self.H, self.head).permute(2, 0, 3, 1, 4)   # (B, H, N, d/H) each
-        scale = self.head ** -0.5
-        if prior is None:
-            q = q * scale
+        qkv = self.in_proj(x).view(B, N, 3, self.H, self.head).permute(2, 0, 3, 1, 4).contiguous()
+        (q, k, v), content = qkv, self.head ** -0.5                                     # (B, H, N, d/H) each
+        if forms_logits(x):
+            A = q @ k.mT
+            if prior:                                                                   # Eq 13
+                S, pairs = prior
+                content, strength = self.fuse(msd.std_over(pairs, A) * content)
+                pad = strength * S + pad
+            A = (content * A + pad).softmax(-1)
+            o = dropout(A.to(v.dtype), self.p, self.training) @ v
         else:
-            q, k = self.fuse(q, k, scale, valid, *prior)
-        if q.is_cuda or not self.training or self.p == 0:
-            v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))   # the kernels of linear memory want one width for q, k and v
-            o = F.scaled_dot_product_attention(q, k, v, valid[:, None, None], scale=1.0,
+            if prior:                                                                   # Eq 13
+                content, strength = self.fuse(msd.logit_std(qkv[:2], valid))
+                qs, ks = (p.expand(B, self.H, N, -1) for p in prior)
+                q, k = torch.cat([q * content, strength * qs], -1), torch.cat([k, ks.to(k.dtype)], -1)
+                v = F.pad(v, (0, q.shape[-1] - self.head))   # the kernels of linear memory want one width for all three
+                content = 1.0
+            o = F.scaled_dot_product_attention(q.to(v.dtype), k, v, pad.to(v.dtype), scale=content,
                                                dropout_p=self.p if self.training else 0.0)[..., :self.head]
-        else:  # CPU training: torch's kernel has no dropout and would fall back to these three lines, with slow dropout
-            A = (q @ k.mT).masked_fill(~valid[:, None, None], float('-inf'))
-            o = dropout(A.softmax(-1).to(v.dtype), self.p, True) @ v
         return self.out_proj(o.transpose(1, 2).reshape(B, N, d))
 
-    def fuse(self, q, k, scale, valid, qs, ks):
-        """Eq 13: A' = (1 - a) z(A) + a z(S), as plain attention between longer vectors. The mean in z(A) is a constant
-        that the softmax cancels; its sigma only scales q; z(S) = qs . ks is W + 2 more dimensions.
+    def fuse(self, sigma):
+        """Eq 13, A' = (1 - a) z(A) + a z(S), as two factors: of the raw products q k^T, and of z(S). The mean in z(A) is a
+        constant that the softmax cancels. sigma (B, H, 1, 1) of the logits q k^T / sqrt(d).
 
         'zscore'      the equation to the letter
         'rescaled'    sigma x the equation: (1 - a) A + a sigma z(S). The prior joins at the scale the layer has learned,
@@ -97,17 +109,11 @@ class Attention(nn.Module):
                       sigma is read, not trained through: it is the layer's scale, not a way to turn the prior up
         'temperature' the equation times one learned factor per head
         """
-        a = self.alpha
+        a, scale = self.alpha, self.head ** -0.5
         if self.fusion == 'rescaled':
-            content, prior = (1 - a) * scale, a * msd.logit_std(q.detach(), k.detach(), valid)   # sigma is (B, H, 1, 1)
-        else:
-            sigma = msd.logit_std(q, k, valid)
-            gain = self.log_temp.exp() if self.fusion == 'temperature' else 1.0
-            content, prior = gain * (1 - a) * scale / sigma, gain * a
-        B, H, N, _ = q.shape
-        qs = (prior * qs[:, None]).to(q.dtype).expand(B, H, N, -1)
-        ks = ks[:, None].to(k.dtype).expand(B, H, N, -1)
-        return torch.cat([(q * content).to(q.dtype), qs], -1), torch.cat([k, ks], -1)
+            return (1 - a) * scale, a * sigma.detach()
+        gain = self.log_temp.exp() if self.fusion == 'temperature' else 1.0
+        return gain * (1 - a) * scale / sigma, gain * a
 
 
 class Block(nn.Module):
@@ -120,8 +126,8 @@ class Block(nn.Module):
         self.linear1, self.linear2 = nn.Linear(c.latent, c.ff), nn.Linear(c.ff, c.latent)
         self.norm1, self.norm2 = nn.LayerNorm(c.latent), nn.LayerNorm(c.latent)
 
-    def forward(self, x, valid, prior):
-        x = self.norm1(x + dropout(self.attn(x, valid, prior), self.p, self.training))
+    def forward(self, x, valid, pad, prior=None):
+        x = self.norm1(x + dropout(self.attn(x, valid, pad, prior), self.p, self.training))
         h = self.linear2(dropout(F.gelu(self.linear1(x)), self.p, self.training))
         return self.norm2(x + dropout(h, self.p, self.training))
 
@@ -151,13 +157,23 @@ class Trunk(nn.Module):
         front = [self.cond(c), *extra]                       # prepended without a position
         x = torch.cat([torch.stack(front, 1).to(x.dtype), x], 1)
         valid = F.pad(valid, (len(front), 0), value=True)
-        if prior is not None:   # zero prior on the rows and columns of extra tokens; head width up to a multiple of 8
-            head = self.layers[0].attn.head
-            wide = -(head + prior[0].shape[-1]) % 8          # GPU kernels fall back to n x n memory without
-            prior = [F.pad(p, (0, wide, len(front), 0)) for p in prior]
+        pad = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)[:, None, None]
+        prior = self.spread_prior(x, valid, *prior) if prior else None
         for layer in self.layers:
-            x = layer(x, valid, prior)
+            x = layer(x, valid, pad, prior)
         return x[:, len(front):]
+
+    def spread_prior(self, x, valid, qs, ks):
+        """qs, ks (B, n, W + 2) of the motion tokens -> what every layer needs, with 0 on rows and columns of the extra tokens:
+        where attention forms its logits z(S) (B, 1, N, N) and its valid pairs, once for all layers; else qs and ks (B, 1, N, wide)
+        to be appended to q and k, z(S) = qs . ks, and no N x N tensor exists."""
+        B, N, _ = x.shape
+        wide = 0 if forms_logits(x) else -(self.layers[0].attn.head + qs.shape[-1]) % 8   # GPU kernels want multiples of 8
+        qs, ks = (F.pad(p, (0, wide, N - p.shape[1], 0))[:, None] for p in (qs, ks))
+        if not forms_logits(x):
+            return qs, ks
+        with torch.autocast(x.device.type, enabled=False):
+            return qs @ ks.mT, (valid[:, None] & valid[..., None]).flatten(1).float()[..., None]
 
 
 class Head(nn.Module):
@@ -178,14 +194,16 @@ def init_weights(m):
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-def top_filter(logits, keep):
-    """Keep the largest `keep` share of the logits (last dimension), the rest becomes -inf."""
-    k = max(1, math.ceil(keep * logits.shape[-1]))
-    return logits.masked_fill(logits < logits.topk(k, -1).values[..., -1:], float('-inf'))
-
-
 def gumbel_like(x, generator):
     return -torch.empty_like(x).exponential_(generator=generator).log()
+
+
+def sample(log_p, keep, temperature, generator):
+    """Draw ids (B, n) from softmax(log_p / temperature) over the largest `keep` share of log_p (B, n, V). The arg-max of logits
+    plus Gumbel noise is such a draw; noise is only made for those that are kept: 51 of 512."""
+    top, code = log_p.topk(max(1, math.ceil(keep * log_p.shape[-1])), -1)
+    best = (top / temperature + gumbel_like(top, generator)).argmax(-1, keepdim=True)
+    return code.gather(-1, best)[..., 0]
 
 
 def guided(forward, c, scale):
@@ -228,16 +246,15 @@ class MaskTransformer(nn.Module):
                 G = msd.gram(self.trunk.embed(self.token_emb.weight[:self.MASK]).detach())
             return msd.descriptor(ids, G, ids < self.MASK, self.config.window)
 
-    def forward(self, ids, c, valid, msd_ids=None):
-        """ids (B, n) with [MASK]s, c (B, 512), valid (B, n) bool -> logits (B, n, V). Motion-aware attention sees the MSD of
-        msd_ids, by default of ids themselves: the visible tokens."""
-        prior = None
+    def forward(self, ids, c, valid, described=None):
+        """ids (B, n) with [MASK]s, c (B, 512), valid (B, n) bool -> logits (B, n, V). described: what `descriptor` says of the
+        sequence that motion-aware attention is to see, by default of ids themselves: the visible tokens."""
+        ids, prior = torch.where(valid, ids, self.PAD), None
         if self.config.spectral_attn:
-            phi, seen = self.descriptor(torch.where(valid, ids if msd_ids is None else msd_ids, self.PAD))
+            phi, seen = described or self.descriptor(ids)
             with torch.autocast(ids.device.type, enabled=False):
                 prior = msd.prior_qk(phi, seen & valid)   # windows behind the end see the motion too, but are not tokens
-        x = self.token_emb(torch.where(valid, ids, self.PAD))
-        return self.head(self.trunk(x, c, valid, prior=prior))
+        return self.head(self.trunk(self.token_emb(ids), c, valid, prior=prior))
 
     @torch.no_grad()
     def corrupt(self, ids, c, valid, cfs=True, lam=0.3, r_exp=0, noise=0.0, ratio=None, generator=None):
@@ -281,20 +298,19 @@ class MaskTransformer(nn.Module):
             n_masked = (share * n).round().clamp(min=1).long()
             masked = msd.top_k(-score, n_masked, valid)
             ids = torch.where(masked, self.MASK, ids)
-            msd_ids = guess if msd_decode == 'guess' else ids
-            ids2, msd2 = twice(ids, msd_ids)
-            logits = guided(lambda c2: self(ids2, c2, valid2, msd2), c, cond_scale)   # (B, N, V)
-            p = logits.softmax(-1)
-            T, sigma = temperature, 0.0
+            if das or self.config.spectral_attn:
+                phi, seen = self.descriptor(guess if msd_decode == 'guess' else ids)
+            ids2, = twice(ids)
+            described = twice(phi, seen) if self.config.spectral_attn else None
+            log_p = guided(lambda c2: self(ids2, c2, valid2, described), c, cond_scale).log_softmax(-1)   # (B, N, V)
+            T = temperature
             if das:
-                phi, seen = self.descriptor(msd_ids)
-                b = msd.exploration(phi, seen, p.amax(-1), valid, lambda_D)           # Eqs 15-17
+                b = msd.exploration(phi, seen, log_p.amax(-1).exp(), valid, lambda_D)     # Eqs 15-17
                 T = msd.temperature(b, beta, temperature)[..., None]                  # Eqs 18, 20
                 sigma = msd.noise_scale(b, sigma_max)                                 # Eqs 19, 21
-            filtered = top_filter(logits, keep) / T
-            pick = (filtered + gumbel_like(filtered, generator)).argmax(-1)           # a sample of softmax(filtered)
+            pick = sample(log_p, keep, T, generator)
             ids = torch.where(masked, pick, ids)
-            confidence = p.gather(-1, pick[..., None])[..., 0].log()
+            confidence = log_p.gather(-1, pick[..., None])[..., 0]
             if das:
                 confidence = confidence + sigma * gumbel_like(confidence, generator)
             score = torch.where(masked, confidence, torch.inf)                        # kept tokens stay kept
@@ -335,20 +351,20 @@ class ResTransformer(nn.Module):
         turns the gather of a (B, V + 1, code_dim) projection into Q - 1 plain products."""
         c_, V, B = self.config, self.config.n_codes, len(ids)
         S = c_.n_quantizers - 1   # layers to learn
-        E, P = torch.cat([self.first, self.shared]), torch.cat([self.shared, self.last])
+        tables = (*self.first, *self.shared, *self.last)   # E_v = tables[v], P_q = tables[q]: each (V + 1, code_dim)
         ids = torch.where(valid[..., None], ids, V)
         rows = torch.arange(B, device=ids.device)
         layer = 1 + (row0 + rows) % S if q is None else torch.full_like(rows, q)       # (B,)
         used = S if q is None else q
-        below = (torch.arange(used, device=ids.device) < layer[:, None]).to(E.dtype)   # (B, used)
-        x = sum(F.embedding(ids[..., v], E[v]) * below[:, v, None, None] for v in range(used))
-        extra = self.layer_emb(F.one_hot(layer, c_.n_quantizers).to(E.dtype))
+        below = (torch.arange(used, device=ids.device) < layer[:, None]).to(self.first.dtype)   # (B, used)
+        x = sum(F.embedding(ids[..., v], tables[v]) * below[:, v, None, None] for v in range(used))
+        extra = self.layer_emb(F.one_hot(layer, c_.n_quantizers).to(self.first.dtype))
         h = self.head(self.trunk(x, c, valid, extra=[extra]))                          # (B, n, code_dim)
         if q is not None:
-            return h @ P[q - 1].T.to(h.dtype)
+            return h @ tables[q].T.to(h.dtype)
         logits = torch.empty(*h.shape[:2], V + 1, dtype=h.dtype, device=h.device)
         for j in range(S):
-            logits[j::S] = h[j::S] @ P[(row0 + j) % S].T.to(h.dtype)
+            logits[j::S] = h[j::S] @ tables[1 + (row0 + j) % S].T.to(h.dtype)
         return logits
 
     @torch.no_grad()
@@ -361,8 +377,7 @@ class ResTransformer(nn.Module):
         for q in range(1, c_.n_quantizers):
             ids2, = twice(all_ids)
             logits = guided(lambda c2: self(ids2, c2, valid2, q), c, cond_scale)[..., :c_.n_codes]   # never [PAD]
-            filtered = top_filter(logits, keep) / temperature
-            all_ids[..., q] = (filtered + gumbel_like(filtered, generator)).argmax(-1)
+            all_ids[..., q] = sample(logits, keep, temperature, generator)
         return torch.where(valid[..., None], all_ids, 0)
 
     @classmethod

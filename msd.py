@@ -155,21 +155,28 @@ def prior_qk(phi, seen):
     return qs, torch.cat([psi, -a, ok], -1)
 
 
-def logit_std(q, k, valid):
+def std_over(pairs, A):
+    """sigma of A (B, H, n, n) over the marked pairs (B, n n, 1), 1.0 or 0.0 -> (B, H, 1, 1)."""
+    A, N = A.flatten(2), pairs.sum(1, keepdim=True).clamp(min=1)
+    x = A - (A @ pairs) / N
+    return ((x.square() @ pairs) / N + EPS).sqrt()[..., None]
+
+
+def logit_std(qk, valid):
     """sigma of the attention logits A = q k^T / sqrt(d) over the valid pairs, per sample and head, without forming A.
 
-    q, k (B, H, n, d), valid (B, n) -> (B, H, 1, 1) float32. With q = q_mean + q', k = k_mean + k' the cross terms average
-    to zero and  d var(A) = k_mean^T Sq k_mean + q_mean^T Sk q_mean + <Sq, Sk>,  S = covariance (d, d): sums of squares, so
-    nothing cancels, and bfloat16 products are good enough.
+    qk (2, B, H, n, d) queries and keys, valid (B, n) -> (B, H, 1, 1) float32. With q = q_mean + q', k = k_mean + k' the cross
+    terms average to zero and  d var(A) = k_mean^T Sq k_mean + q_mean^T Sk q_mean + <Sq, Sk>,  S = covariance (d, d): sums of
+    squares, so nothing cancels, and bfloat16 products are good enough.
     """
     N = valid.sum(-1).clamp(min=1).view(-1, 1, 1, 1)
-    x, ok = torch.stack([q, k]), valid[:, None, :, None].to(q.dtype)                      # (2, B, H, n, d)
-    mean = (ok / N).to(q.dtype).mT @ x                                                   # (2, B, H, 1, d)
-    x = (x - mean) * ok
+    ok = valid[:, None, :, None].to(qk.dtype)                                            # (B, 1, n, 1)
+    mean = (ok / N).to(qk.dtype).mT @ qk                                                 # (2, B, H, 1, d)
+    x = (qk - mean) * ok
     S = (x.mT @ x).float()                                                               # N Sq, N Sk: (2, B, H, d, d)
     m = mean.float().flip(0)
     var = (S[0] * S[1]).sum((-2, -1), keepdim=True) / N + ((m @ S) * m).sum((0, -1)).unsqueeze(-1)
-    return (var / (N * q.shape[-1]) + EPS).sqrt()
+    return (var / (N * qk.shape[-1]) + EPS).sqrt()
 
 
 # ------------------------------------------------------------------------------------- 3.6 complexity-aware decoding

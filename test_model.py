@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 import msd
 import text
 from model import (Attention, LengthEstimator, MaskTransformer, ModelConfig, Pipeline, ResTransformer, dropout, guided,
-                   top_filter, twice)
+                   sample, twice)
 from vq import CheckpointError, RVQVAE, VQConfig, load, save
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'shared', 'golden')
@@ -194,7 +195,7 @@ def plain_attention(layer, x, valid, phi, seen, heads, front=1):
 @pytest.mark.parametrize('fusion', ['zscore', 'rescaled', 'temperature'])
 @pytest.mark.parametrize('seed', range(5))
 @torch.no_grad()
-def test_motion_aware_attention_equals_plain(fusion, seed):
+def test_motion_aware_attention_equals_plain(fusion, seed, monkeypatch):
     torch.manual_seed(seed)
     c = ModelConfig(**SMALL, fusion=fusion, dropout=0.0, window=6)
     layer, B, n = Attention(c, 1), 4, 21
@@ -203,11 +204,14 @@ def test_motion_aware_attention_equals_plain(fusion, seed):
     ids = torch.where(torch.rand(B, n) < 0.3, 20, torch.randint(20, (B, n)))
     phi, seen = msd.descriptor(ids, msd.gram(torch.randn(20, 8)), (ids < 20) & valid, 6)
     x, full = torch.randn(B, n + 1, 24) * 3, F.pad(valid, (1, 0), value=True)
-    prior = [F.pad(p, (0, 0, 1, 0)) for p in msd.prior_qk(phi, seen & valid)]
+    pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
+    trunk = MaskTransformer(c).trunk
     expected = plain_attention(layer, x, full, phi, seen, 3)
-    for training in (False, True):      # the fused kernel, and the CPU training form
-        layer.train(training)
-        assert worst(layer(x, full, prior)[full], expected[full]) < 1e-5
+    for short in (True, False):             # logits formed, and dimensions appended for the fused kernel
+        monkeypatch.setattr(model, 'forms_logits', lambda x: short)
+        prior = trunk.spread_prior(x, full, *msd.prior_qk(phi, seen & valid))
+        assert prior[0].shape[-1] == (n + 1 if short else 8)   # z(S), or W + 2 dimensions
+        assert worst(layer(x, full, pad, prior)[full], expected[full]) < 1e-5
 
 
 @pytest.mark.parametrize('fusion', ['zscore', 'rescaled'])
@@ -235,7 +239,7 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
         current['phi'], current['seen'] = descriptor(self, ids)
         return current['phi'], current['seen']
     monkeypatch.setattr(MaskTransformer, 'descriptor', remember)
-    monkeypatch.setattr(Attention, 'forward', lambda self, x, valid, prior: plain_attention(
+    monkeypatch.setattr(Attention, 'forward', lambda self, x, valid, pad, prior: plain_attention(
         self, x, valid, current['phi'], current['seen'], self.H))
     plain = losses()
     assert np.abs(fast - plain).max() < 1e-4 and fast[0] != fast[1]
@@ -251,7 +255,8 @@ def test_all_off_is_a_plain_transformer():
     ref = torch.nn.TransformerEncoderLayer(24, 3, 32, activation='gelu', batch_first=True).eval()
     rename = {k: k.replace('attn.in_proj.', 'self_attn.in_proj_').replace('attn.out_proj', 'self_attn.out_proj') for k in block.state_dict()}
     ref.load_state_dict({rename[k]: v for k, v in block.state_dict().items()})
-    assert worst(block(x, valid, None)[valid], ref(x, src_key_padding_mask=~valid)[valid]) < 1e-5
+    pad = torch.zeros(2, 9).masked_fill(~valid, -torch.inf)[:, None, None]
+    assert worst(block(x, valid, pad)[valid], ref(x, src_key_padding_mask=~valid)[valid]) < 1e-5
 
 
 @pytest.mark.parametrize('spectral', [False, True])
@@ -355,13 +360,17 @@ def test_one_graph_for_all_steps_and_lengths():
     with torch.no_grad():
         for length in (4, 7, 12):
             ids = torch.where(torch.arange(12) < length, m.MASK, m.PAD).expand(2, 12)
-            step(ids, torch.randn(2, 512), ids != m.PAD, ids)
+            step(ids, torch.randn(2, 512), ids != m.PAD, m.descriptor(ids))
     assert len(graphs) == before + 1
 
 
-def test_top_filter_keeps_a_tenth():
-    x = torch.randn(5, 512)
-    assert ((top_filter(x, 0.1) > float('-inf')).sum(1) == 52).all()
+def test_sample_draws_the_softmax_of_the_top_tenth():
+    x, g = torch.randn(512).mul(2), torch.Generator().manual_seed(0)
+    ids = sample(x.expand(40000, 1, 512), 0.1, 0.7, g)
+    top, code = x.topk(52)
+    assert set(ids.unique().tolist()) <= set(code.tolist())
+    share = torch.bincount(ids[:, 0], minlength=512)[code] / 40000
+    assert worst(share, (top / 0.7).softmax(0)) < 0.01
 
 
 def test_learned_embedding_feeds_msd_without_gradient():
@@ -396,6 +405,14 @@ def test_clip_tower_and_its_cache(tmp_path):
     assert abs(x[0].norm() - 1) > 1e-2                                   # un-normalised, as MoMask uses it
     y = text.encode(['a person walks', 'a person jumps'], 'clip', str(tmp_path), tower=counted)
     assert torch.equal(x[0], y[0]) and calls == [2, 1]                   # only the new caption was encoded
+    import open_clip
+    torch.manual_seed(0)
+    whole = open_clip.create_model('ViT-B-32-quickgelu', pretrained=None).eval()
+    captions = ['a person walks', 'a person, having run for a while, sits down on the floor and ' + 'waits and ' * 60, '']
+    ids = open_clip.get_tokenizer('ViT-B-32-quickgelu')(captions)
+    with torch.no_grad():
+        for some in (slice(0, 1), slice(0, 3)):                          # cut at the longest caption, it says the same
+            assert worst(tower(captions[some]), whole.encode_text(ids[some])) < 1e-4
 
 
 def test_files_are_whole_or_absent(tmp_path):

@@ -201,7 +201,7 @@ def test_logit_std_equals_plain(seed):
     g = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(4, 3, 30, 16, generator=g) * 2 + torch.randn(4, 3, 1, 16, generator=g) for _ in range(2))
     valid = torch.arange(30) < torch.randint(1, 31, (4, 1), generator=g)
-    sigma = msd.logit_std(q, k, valid)
+    sigma = msd.logit_std(torch.stack([q, k]), valid)
     A = q.double() @ k.double().mT / 4
     for b in range(4):
         m = int(valid[b].sum())

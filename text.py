@@ -56,8 +56,18 @@ def clip_tower(pretrained='openai', device='cpu'):
 
     @torch.no_grad()
     def encode(captions):
-        parts = [model.encode_text(tokenizer(captions[i:i + 64]).to(device)) for i in range(0, len(captions), 64)]
-        return torch.cat(parts).float().cpu() if parts else torch.zeros(0, DIM)
+        """model.encode_text without its padding: a caption is read off its last word, no word looks ahead, so columns behind
+        the longest caption cannot matter. 16 instead of 77 of them: 32 captions in a fifth of the time."""
+        parts = []
+        for i in range(0, len(captions), 64):
+            ids = tokenizer(captions[i:i + 64]).to(device)
+            last = ids.argmax(-1)                                  # the end mark has the largest id
+            L = int(last.max()) + 1
+            with torch.autocast(ids.device.type, enabled=False):   # vectors are cached: the same whoever asks for them
+                x = model.token_embedding(ids[:, :L]) + model.positional_embedding[:L]
+                x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:L, :L]))
+                parts.append(x[torch.arange(len(x)), last] @ model.text_projection)
+        return torch.cat(parts).cpu() if parts else torch.zeros(0, DIM)
     return encode
 
 
