@@ -33,6 +33,7 @@ class ModelConfig:
     ff: int = 1024
     dropout: float = 0.2
     text_dim: int = 512
+    token_init: str = 'codebook'  # token embeddings start as the tokenizer's base code vectors | 'random' (the reference)
     # DynMask 3.5, motion-aware attention (masked transformer only)
     spectral_attn: bool = True
     window: int = 8              # W, tokens
@@ -190,6 +191,8 @@ def init_weights(m):
         nn.init.normal_(m.weight, std=0.02)
         if getattr(m, 'bias', None) is not None:
             nn.init.zeros_(m.bias)
+    if isinstance(m, Attention):   # as nn.MultiheadAttention leaves it: at 0.02 attention starts flat and stays so for long
+        nn.init.xavier_uniform_(m.in_proj.weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -227,6 +230,9 @@ class MaskTransformer(nn.Module):
         self.token_emb = nn.Embedding(c.n_codes + 2, c.code_dim)
         self.trunk, self.head = Trunk(c), Head(c.latent, c.n_codes)
         self.apply(init_weights)
+        if codebook is not None and c.token_init == 'codebook':   # codes that decode alike start alike
+            centred = codebook - codebook.mean(0)
+            self.token_emb.weight.data[:c.n_codes] = centred / centred.std()
         self.register_buffer('G', torch.zeros(c.n_codes, c.n_codes) if codebook is None else msd.gram(codebook))
 
     @property

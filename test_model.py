@@ -245,6 +245,21 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
     assert np.abs(fast - plain).max() < 1e-4 and fast[0] != fast[1]
 
 
+def test_initial_weights():
+    """Token embeddings start as standardised code vectors, or small and random as in the reference; attention as in torch."""
+    torch.manual_seed(0)
+    codebook = torch.randn(20, 8) * 3 + 1
+    m = MaskTransformer(ModelConfig(**SMALL), codebook)
+    assert worst(torch.cdist(m.token_emb.weight[:20], m.token_emb.weight[:20]) * codebook.std(), torch.cdist(codebook, codebook)) < 0.5
+    assert abs(m.token_emb.weight[:20].std() - 1) < 1e-3 and m.token_emb.weight[20:].abs().max() < 0.1
+    random = MaskTransformer(ModelConfig(**SMALL, token_init='random'), codebook)
+    assert random.token_emb.weight.abs().max() < 0.1 and torch.equal(random.G, m.G)
+    reference = torch.nn.MultiheadAttention(24, 3)
+    for layer in m.trunk.layers:
+        assert abs(layer.attn.in_proj.weight.std() / reference.in_proj_weight.std() - 1) < 0.1 and not layer.attn.in_proj.bias.any()
+        assert abs(layer.linear1.weight.std() / 0.02 - 1) < 0.15
+
+
 @torch.no_grad()
 def test_all_off_is_a_plain_transformer():
     """With spectral attention off a block is nn.TransformerEncoderLayer with the same weights."""

@@ -47,6 +47,7 @@ cfs_lambda = 0.3             # 3.4's lambda, the semantic quota
 r_exp = 0                    # 3.4's expansion radius, tokens
 cfs_noise = 1.0              # Gumbel noise on the scores; 0 is the letter: the same tokens of a clip in every epoch
 # model, MoMask's sizes
+token_init = 'codebook'      # token embeddings start as the tokenizer's base code vectors; 'random' is the reference
 latent = 384
 n_layers = 8
 n_heads = 6
@@ -75,7 +76,7 @@ vq = vq or os.path.join(out_dir, 'vq.pt')
 folder = os.path.join('data', data)
 for _key, *_options in (('stage', 'mask', 'res', 'len'), ('init_from', 'scratch', 'resume'), ('text_encoder', 'clip', 'hash'),
                         ('fusion', 'rescaled', 'zscore', 'temperature'), ('msd_embed', 'codebook', 'learned'),
-                        ('msd_attn', 'visible', 'clean')):
+                        ('msd_attn', 'visible', 'clean'), ('token_init', 'codebook', 'random')):
     choose(_key, globals()[_key], *_options)
 if latent % (2 * n_heads):
     fail(f'latent is {latent} and n_heads {n_heads}: expected a latent that is a multiple of 2 x n_heads.')
@@ -190,6 +191,7 @@ if stage == 'len':
 else:
     shape = ModelConfig(n_codes=V, code_dim=tokenizer.config.code_dim, n_quantizers=Q, latent=latent, n_layers=n_layers,
                         n_heads=n_heads, ff=ff, dropout=dropout, window=window, alpha0=alpha0, fusion=fusion, msd_embed=msd_embed,
+                        token_init=token_init,
                         spectral_attn=spectral_attn and stage == 'mask')
     model = MaskTransformer(shape, tokenizer.quantizers[0].codebook) if stage == 'mask' else ResTransformer(shape)
 model = model.to(run.device)
