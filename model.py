@@ -83,14 +83,14 @@ class Attention(nn.Module):
         (q, k, v), content = qkv, self.head ** -0.5                                     # (B, H, N, d/H) each
         if forms_logits(x):
             A = q @ k.mT
-            if prior:                                                                   # Eq 13
+            if prior:   # motion-aware
                 S, pairs = prior
                 content, strength = self.fuse(msd.std_over(pairs, A) * content)
                 pad = strength * S + pad
             A = (content * A + pad).softmax(-1)
             o = dropout(A.to(v.dtype), self.p, self.training) @ v
         else:
-            if prior:                                                                   # Eq 13
+            if prior:   # motion-aware
                 content, strength = self.fuse(msd.logit_std(qkv[:2], valid))
                 qs, ks = (p.expand(B, self.H, N, -1) for p in prior)
                 q, k = torch.cat([q * content, strength * qs], -1), torch.cat([k, ks.to(k.dtype)], -1)

@@ -20,7 +20,8 @@ lr = 8e-4
 warmup = 200
 batch_size = 64
 len_iters = 400
-mask_iters = 3200
+dropout = 0.05               # mirrored clips in four phases are variety enough
+mask_iters = 6000            # context begins to be read after 2,000: README, "What to look at"
 res_iters = 1500
 eval_every = 500
 # decoding
