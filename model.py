@@ -203,7 +203,7 @@ def gumbel_like(x, generator):
 
 def sample(log_p, keep, temperature, generator):
     """Draw ids (B, n) from softmax(log_p / temperature) over the largest `keep` share of log_p (B, n, V). The arg-max of logits
-    plus Gumbel noise is such a draw; noise is only made for those that are kept: 51 of 512."""
+    plus Gumbel noise is such a draw; noise is only made for those that are kept: 52 of 512."""
     top, code = log_p.topk(max(1, math.ceil(keep * log_p.shape[-1])), -1)
     best = (top / temperature + gumbel_like(top, generator)).argmax(-1, keepdim=True)
     return code.gather(-1, best)[..., 0]

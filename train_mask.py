@@ -143,7 +143,7 @@ def mask_loss(ids, c, valid, rows=slice(None), generator=None, ratio=None):
     """Algorithm 1. With a ratio (validation) that share is masked, uniformly."""
     clean = ids[..., 0]
     masked, chosen = model.corrupt(clean, c, valid, cfs_masking and ratio is None, cfs_lambda, r_exp, cfs_noise, ratio, generator)
-    described = model.descriptor(torch.where(valid, clean, V + 1)[rows]) if msd_attn == 'clean' else None
+    described = model.descriptor(torch.where(valid, clean, V + 1)[rows]) if spectral_attn and msd_attn == 'clean' else None
     return cross_entropy(net(masked[rows], c[rows], valid[rows], described), clean[rows], chosen[rows]) / chosen.sum()
 
 
