@@ -8,6 +8,7 @@ the defaults. One config file serves all scripts: a key in it that this script d
 script here does; on the command line the key must be this script's own. Mistakes are one sentence and exit code 2.
 """
 import ast
+import ctypes
 import glob
 import math
 import os
@@ -118,6 +119,8 @@ def setup(device='auto', dtype='auto', seed=0):
     choose('dtype', dtype, 'bfloat16', 'float32')
     if cuda:
         torch.set_float32_matmul_precision('high')
+    else:
+        _keep_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed + rank)  # dropout differs between ranks ...
@@ -125,6 +128,17 @@ def setup(device='auto', dtype='auto', seed=0):
     autocast = (lambda: torch.autocast(device.split(':')[0], torch.bfloat16)) if dtype == 'bfloat16' else nullcontext
     return SimpleNamespace(device=device, dtype=dtype, autocast=autocast, rank=rank, world=world, main=rank == 0,
                            generator=generator, peak=_peak_flops(device, dtype))
+
+
+def _keep_memory():
+    """glibc hands blocks over 32 MB back to the system and faults them in again: 40,000 page faults in a training step of the
+    released size, 0.08 of its 1.65 processor-seconds. Let it keep them; peak memory stays the same (1.6 GB)."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**31 - 1)   # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):
+        pass                          # another system's malloc
 
 
 def _peak_flops(device, dtype):
@@ -141,6 +155,16 @@ def _peak_flops(device, dtype):
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - t)
     return 2 * n**3 / best
+
+
+def leave(run):
+    """The end of a script that torchrun may have started: the ranks go together and at once. torch's gloo threads outlive
+    destroy_process_group (DDP holds the group), and one that meets a dying interpreter aborts it: 4% of short runs."""
+    if run.world > 1:
+        torch.distributed.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def lr_at(it, lr, warmup, total):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import text
-from configurator import choose, configure, fail, lr_at, setup
+from configurator import choose, configure, fail, leave, lr_at, setup
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from motion import load_meta, load_split
 from vq import RVQVAE, CheckpointError, load, mean_over_ranks, save, tokenize
@@ -275,5 +275,4 @@ for it in bar:
         clock, since, tokens = time.perf_counter(), it + 1, 0
 if run.main:
     print(f'{out_dir}/{stage}.pt: val cross-entropy {best:.3f}.')
-if run.world > 1:
-    torch.distributed.destroy_process_group()
+leave(run)

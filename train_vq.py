@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configurator import choose, configure, fail, lr_at, setup
+from configurator import choose, configure, fail, leave, lr_at, setup
 from motion import features_to_joints, load_meta, load_split
 from vq import RVQVAE, CheckpointError, VQConfig, load, mean_over_ranks, save, tokenize
 
@@ -197,5 +197,4 @@ if run.main:
         tokenize(best_model, split, os.path.join('data', data, f'tokens_{best_model.fingerprint()}_{name}.npy'), run.device)
     print(f'{out_dir}/vq.pt: val MPJPE {best:.1f} mm on windows of {window_frames} frames. '
           f'Next: python train_mask.py {" ".join(sys.argv[1:])}')
-if run.world > 1:
-    torch.distributed.destroy_process_group()
+leave(run)
