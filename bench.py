@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import msd
 import text
 from configurator import configure, setup
-from model import MaskTransformer, ModelConfig, ResTransformer, sinusoid
+from model import MaskTransformer, ModelConfig, ResTransformer, fused_attention, sinusoid
 from vq import RVQVAE, VQConfig
 
 # -----------------------------------------------------------------------------
@@ -280,10 +280,9 @@ def attention_case(form, n, B=2, H=6, d=64, W=8):
         S = z(-torch.cdist(psi, psi).square())
         o = ((1 - a) * z(q @ k.mT / d ** 0.5) + a * S[:, None]).softmax(-1) @ v
     else:
-        qs, ks = (F.pad(p, (0, -(d + W + 2) % 8))[:, None].expand(B, H, n, -1) for p in msd.prior_qk(*msd.descriptor(ids, G, ok, W)))
+        prior = [F.pad(p, (0, -(d + W + 2) % 8))[:, None] for p in msd.prior_qk(*msd.descriptor(ids, G, ok, W))]
         content = (1 - a) * d ** -0.5 / msd.logit_std(torch.stack([q, k]), ok)
-        q2, k2 = torch.cat([q * content, a * qs], -1), torch.cat([k, ks], -1)
-        o = F.scaled_dot_product_attention(q2, k2, F.pad(v, (0, q2.shape[-1] - d)), scale=1.0)[..., :d]
+        o = fused_attention(q, k, v, content, a, prior)
     o.square().mean().backward()
     return o.detach()
 

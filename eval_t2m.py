@@ -225,10 +225,11 @@ def one_repeat(r):
 
 
 def table(names):
-    print(f"{'':18s}" + ''.join(f'{n:>16s}' for n in names))
+    wide = [max(16, len(n) + 2) for n in names]
+    print(f"{'':18s}" + ''.join(f'{n:>{w}s}' for n, w in zip(names, wide)))
     for row, metrics in summary.items():
         cells = [f'{metrics[n][0]:.3f} ±{metrics[n][1]:.3f}' if n in metrics else '' for n in names]
-        print(f'{row:18s}' + ''.join(f'{c:>16s}' for c in cells))
+        print(f'{row:18s}' + ''.join(f'{c:>{w}s}' for c, w in zip(cells, wide)))
 
 
 clock = time.perf_counter()

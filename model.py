@@ -66,6 +66,18 @@ def forms_logits(x):
     return not x.is_cuda and x.shape[1] <= 256
 
 
+def fused_attention(q, k, v, content, strength=0.0, prior=None, pad=None, p=0.0):
+    """softmax(content q k^T + strength z(S) + pad) v through scaled_dot_product_attention: no N x N tensor exists, because
+    z(S) = qs . ks (Trunk.spread_prior, (B, 1, N, wide) each) is as many more dimensions of q and k. q, k, v (B, H, N, d)."""
+    dtype, d = v.dtype, v.shape[-1]
+    if prior:
+        qs, ks = (x.expand(*q.shape[:3], -1) for x in prior)
+        q, k = torch.cat([q * content, strength * qs], -1), torch.cat([k, ks.to(k.dtype)], -1)
+        v, content = F.pad(v, (0, q.shape[-1] - d)), 1.0   # the kernels of linear memory want one width for all three
+    pad = None if pad is None else pad.to(dtype)
+    return F.scaled_dot_product_attention(q.to(dtype), k, v, pad, scale=content, dropout_p=p)[..., :d]
+
+
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
@@ -90,14 +102,10 @@ class Attention(nn.Module):
             A = (content * A + pad).softmax(-1)
             o = dropout(A.to(v.dtype), self.p, self.training) @ v
         else:
+            strength = 0.0
             if prior:   # motion-aware
                 content, strength = self.fuse(msd.logit_std(qkv[:2], valid))
-                qs, ks = (p.expand(B, self.H, N, -1) for p in prior)
-                q, k = torch.cat([q * content, strength * qs], -1), torch.cat([k, ks.to(k.dtype)], -1)
-                v = F.pad(v, (0, q.shape[-1] - self.head))   # the kernels of linear memory want one width for all three
-                content = 1.0
-            o = F.scaled_dot_product_attention(q.to(v.dtype), k, v, pad.to(v.dtype), scale=content,
-                                               dropout_p=self.p if self.training else 0.0)[..., :self.head]
+            o = fused_attention(q, k, v, content, strength, prior, pad, self.p if self.training else 0.0)
         return self.out_proj(o.transpose(1, 2).reshape(B, N, d))
 
     def fuse(self, sigma):
