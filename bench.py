@@ -17,6 +17,7 @@ import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import msd
 import text
@@ -59,11 +60,22 @@ def in_turn(runs, rounds=rounds, warm=2):
     return {name: float(np.median(s[warm:])) for name, s in seconds.items()}
 
 
-def show(title, seconds, base):
+def show(title, runs, **how):
+    """Time runs {name: function}, print and keep: ms, ratio to `plain`, and what the products of the run named `ours...` (the last
+    of them) allow: their count, and the ratio if they ran at a plain product's speed and everything else took no time."""
+    seconds = in_turn(runs, **how)
     print(f'\n{title}')
     for name, s in seconds.items():
-        print(f'  {name:44s} {1000 * s:10.1f} ms   {seconds[base] / s:6.2f}x')
-    results[title] = {name: {'ms': 1000 * s, f'times {base}': seconds[base] / s} for name, s in seconds.items()}
+        print(f"  {name:44s} {1000 * s:10.1f} ms   {seconds['plain'] / s:6.2f}x")
+    ours = [name for name in runs if name.startswith('ours')][-1]
+    with FlopCounterMode(display=False) as counter:
+        runs[ours]()
+    flop = counter.get_total_flops()
+    bound = seconds['plain'] * run.peak / flop
+    print(f'  products: {flop / 1e12:.3f} TFLOP, {flop / seconds[ours] / run.peak:.0%} of the peak; {bound:.2f}x if nothing else took time')
+    results[title] = {**{name: {'ms': 1000 * s, 'times plain': seconds['plain'] / s} for name, s in seconds.items()},
+                      'products': {'TFLOP': flop / 1e12, 'share of peak': flop / seconds[ours] / run.peak, 'times plain at most': bound}}
+    return seconds
 
 
 # ----------------------------------------------------------------------------------------- the reference's recipe, plainly
@@ -174,8 +186,7 @@ def steps():
     runs = {'plain': trained(plain, plain_mask, False), 'ours, DynMask off': ours(False), 'ours, DynMask on': ours(True)}
     if compile:
         runs.update({'compiled, DynMask off': ours(False, True), 'compiled, DynMask on': ours(True, True)})
-    seconds = in_turn(runs)
-    show(f'masked transformer, training step, batch {batch} x {n_tokens} tokens', seconds, 'plain')
+    seconds = show(f'masked transformer, training step, batch {batch} x {n_tokens} tokens', runs)
     results['DynMask on / off, training step'] = seconds['ours, DynMask on'] / seconds['ours, DynMask off']
     print(f"  DynMask on / off: {results['DynMask on / off, training step']:.3f}")
 
@@ -189,7 +200,7 @@ def steps():
     runs = {'plain': trained(PlainTransformer().to(run.device).train(), plain_res, False), 'ours': ours_res(False)}
     if compile:
         runs['compiled'] = ours_res(True)
-    show(f'residual transformer, training step, batch {batch} x {n_tokens} tokens', in_turn(runs), 'plain')
+    show(f'residual transformer, training step, batch {batch} x {n_tokens} tokens', runs)
 
     windows = torch.randn(256, 64, 263, device=run.device)
 
@@ -207,7 +218,7 @@ def steps():
     runs = {'plain': rvq(False), 'ours': rvq(True)}
     if compile:
         runs['compiled'] = rvq(True, True)
-    show('tokenizer, training step, 256 x 64 frames', in_turn(runs, rounds=min(rounds, 3), warm=1), 'plain')
+    show('tokenizer, training step, 256 x 64 frames', runs, rounds=min(rounds, 3), warm=1)
 
 
 @torch.no_grad()
@@ -257,8 +268,7 @@ def generation():
         runs = {'plain': lambda: plain_generate(B), 'ours, DynMask off': ours(B, False), 'ours, DynMask on': ours(B, True)}
         if compile:
             runs.update({'compiled, DynMask off': ours(B, False, True), 'compiled, DynMask on': ours(B, True, True)})
-        seconds = in_turn(runs)
-        show(f'generation, {B} prompt(s) of {n_tokens} tokens: text, 10 steps, 5 residual layers, decode', seconds, 'plain')
+        seconds = show(f'generation, {B} prompt(s) of {n_tokens} tokens: text, 10 steps, 5 residual layers, decode', runs)
         results[f'DynMask on / off, generation {B}'] = seconds['ours, DynMask on'] / seconds['ours, DynMask off']
         print(f"  DynMask on / off: {results[f'DynMask on / off, generation {B}']:.3f}")
 
