@@ -159,7 +159,7 @@ def _peak_flops(device, dtype):
 
 def leave(run):
     """The end of a script that torchrun may have started: the ranks go together and at once. torch's gloo threads outlive
-    destroy_process_group (DDP holds the group), and one that meets a dying interpreter aborts it: 4% of short runs."""
+    destroy_process_group (something of DDP holds the group), and of short runs that went on to a normal end 4% aborted there."""
     if run.world > 1:
         torch.distributed.barrier()
         sys.stdout.flush()
