@@ -33,6 +33,6 @@ $(DONE)-len: $(DONE)-res
 	touch $@
 
 test: .venv/ready
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2
 
 .PHONY: demo test

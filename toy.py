@@ -1,684 +1,492 @@
-"""The tiny-shakespeare of motion: procedural SMPL-22 clips at 20 fps, with captions and with detectors that read them back.
+"""The tiny-shakespeare of motion: procedural SMPL-22 clips at 20 fps, with captions.
 
-Three parts, each usable without the others:
+    make_script    one to three items {'action', 'side', 'speed'}, done one after the other
+    Plan           acts them out: footsteps, and keyed curves of everything else
+    body           plan -> joints (T, 22, 3)
+    caption        script -> a sentence, and its words with tags
 
-    the body       make_clip(seed): a plan of footsteps and keyed curves -> joints (T, 22, 3)
-    the language   a small grammar: script -> captions with tags, and parse(caption) -> script
-    the detectors  passes(joints, script): does this motion, wherever it comes from, do what the script says?
-
-A script is a list of items {'action', 'side', 'speed'}, done one after the other. Units: metres, seconds, radians. Y is up,
-the floor is y = 0, a clip starts at x = z = 0 facing +Z, so +X is the character's left; yaw is positive to the left. Feet never
-slide: footsteps come first, the pelvis follows the mean of the feet, and two-bone inverse kinematics fills in the knees.
+Units: metres, seconds, radians. Y is up, the floor is y = 0. A clip starts at x = z = 0 and faces
++Z, so +X is the character's left; yaw is positive to the left. A side is 0 for left, 1 for right.
+Feet never slide: footsteps come first, the pelvis follows the mean of the feet, and two-bone
+inverse kinematics fills in the knees. detect.py reads such motion back.
 """
+import json
 import re
+from pathlib import Path
 
 import numpy as np
+from scipy.interpolate import CubicHermiteSpline
+from scipy.ndimage import (binary_dilation, gaussian_filter1d, maximum_filter1d,
+                           uniform_filter1d)
+from scipy.spatial.transform import Rotation
 
 FPS = 20
 MIN_FRAMES, MAX_FRAMES = 40, 196
-ACTIONS = ['walk', 'run', 'walk backwards', 'side-step', 'turn', 'spin', 'kick', 'punch', 'wave', 'raise arms', 'jump', 'hop',
-           'squat', 'sit down', 'stand up', 'bow', 'idle']
-SIDED = {'side-step', 'turn', 'kick', 'punch', 'wave'}
 SPEEDS = {'slow': 0.75, 'normal': 1.0, 'fast': 1.3}  # how much faster than normal the clock runs
+LEFTWARD = np.array([1, -1])  # by side
 
-(PELVIS, L_HIP, R_HIP, SPINE1, L_KNEE, R_KNEE, SPINE2, L_ANKLE, R_ANKLE, SPINE3, L_TOE, R_TOE, NECK, L_COLLAR, R_COLLAR, HEAD,
- L_SHOULDER, R_SHOULDER, L_ELBOW, R_ELBOW, L_WRIST, R_WRIST) = range(22)
+(PELVIS, L_HIP, R_HIP, SPINE1, L_KNEE, R_KNEE, SPINE2, L_ANKLE, R_ANKLE, SPINE3, L_TOE, R_TOE,
+ NECK, L_COLLAR, R_COLLAR, HEAD, L_SHOULDER, R_SHOULDER, L_ELBOW, R_ELBOW, L_WRIST,
+ R_WRIST) = range(22)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The body. Sizes as in HumanML3D's default skeleton, rounded.
-
+# The body's sizes, as in HumanML3D's default skeleton, rounded. Vectors are (left, up, forward).
 THIGH, SHIN, UPPER_ARM, FOREARM = 0.385, 0.43, 0.257, 0.266
-FOOT_LENGTH, FOOT_DROP, TOE_Y = 0.125, 0.055, 0.02   # ankle to toe, forward and down; a planted toe's height
-REACH = 0.995 * (THIGH + SHIN)                       # a leg never straightens completely
-SPREAD = 0.085                                       # half the distance between the feet
-HIP = np.array([0.062, -0.085, -0.005])              # left; the right side has -x
-COLLAR, SHOULDER = np.array([0.075, 0.12, -0.01]), np.array([0.12, -0.035, -0.015])
-ELBOW_POLE = np.array([0.5, -0.6, -0.6])             # elbows point out, down and back, in the chest's frame (left)
-# joint, parent, offset from the parent, and the share of the trunk's bend that has built up in the parent's frame
-SPINE = [(SPINE1, PELVIS, (0, 0.12, -0.03), 0.35), (SPINE2, SPINE1, (0, 0.138, 0.02), 0.6),
-         (SPINE3, SPINE2, (0, 0.055, 0.01), 0.8), (NECK, SPINE3, (0, 0.217, -0.025), 1.0), (HEAD, NECK, (0, 0.092, 0.045), 0.85)]
+REACH = 0.995 * (THIGH + SHIN)  # a leg never straightens completely
+SPREAD = 0.085                  # half the distance between the feet
+FOOT_LENGTH, TOE_Y = 0.125, 0.02
+HEEL = [0, 0.055, -FOOT_LENGTH]  # toe to ankle
+# how much of the trunk's pitch and twist each part takes; joint, parent, offset in a part's frame
+SHARES = {'pelvis': 0.35, 'waist': 0.6, 'ribs': 0.8, 'chest': 1.0, 'neck': 0.85}
+BONES = [
+    (SPINE1, PELVIS, [0, 0.12, -0.03], 'pelvis'),
+    (L_HIP, PELVIS, [0.062, -0.085, -0.005], 'pelvis'),
+    (R_HIP, PELVIS, [-0.062, -0.085, -0.005], 'pelvis'),
+    (SPINE2, SPINE1, [0, 0.138, 0.02], 'waist'),
+    (SPINE3, SPINE2, [0, 0.055, 0.01], 'ribs'),
+    (NECK, SPINE3, [0, 0.217, -0.025], 'chest'),
+    (L_COLLAR, SPINE3, [0.075, 0.12, -0.01], 'chest'),
+    (R_COLLAR, SPINE3, [-0.075, 0.12, -0.01], 'chest'),
+    (L_SHOULDER, L_COLLAR, [0.12, -0.035, -0.015], 'chest'),
+    (R_SHOULDER, R_COLLAR, [-0.12, -0.035, -0.015], 'chest'),
+    (HEAD, NECK, [0, 0.092, 0.045], 'neck'),
+]
+LEG = ('x', 'z', 'yaw', 'lift', 'fwd', 'tip')
 
 
-def rotation(yaw, pitch=0.0, roll=0.0):
-    """Angles (T,) -> (T, 3, 3). Pitch bends forward, roll leans to the right, yaw turns left and is applied last."""
-    yaw, pitch, roll = np.broadcast_arrays(yaw, pitch, roll)
-    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
-    return np.stack([np.stack([cy * cr + sy * sp * sr, sy * sp * cr - cy * sr, sy * cp], -1),
-                     np.stack([cp * sr, cp * cr, -sp], -1),
-                     np.stack([cy * sp * sr - sy * cr, sy * sr + cy * sp * cr, cy * cp], -1)], -2)
+def rotation(yaw, pitch=0.0):
+    """Angles (...) -> matrices (..., 3, 3) that bend forward, then turn left."""
+    angles = np.stack(np.broadcast_arrays(yaw, pitch), -1)
+    matrices = Rotation.from_euler('YX', angles.reshape(-1, 2)).as_matrix()
+    return matrices.reshape(*angles.shape[:-1], 3, 3)
 
 
 def smooth(x, sigma):
     """Gaussian low-pass along axis 0, sigma in seconds, ends held."""
-    r = int(np.ceil(3 * sigma * FPS))
-    w = np.exp(-0.5 * (np.arange(-r, r + 1) / (sigma * FPS)) ** 2)
-    padded = np.pad(x, [(r, r)] + [(0, 0)] * (x.ndim - 1), mode='edge')
-    return np.tensordot(np.lib.stride_tricks.sliding_window_view(padded, 2 * r + 1, axis=0), w / w.sum(), 1)
+    return gaussian_filter1d(x, sigma * FPS, axis=0, mode='nearest')
 
 
 def unit(x):
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
 
-def two_bone(root, target, a, b, pole):
-    """Bones of lengths a and b from root towards target (T, 3), bending towards pole (T, 3) -> middle joint, end joint.
-    A target out of reach is pulled in, so bones keep their lengths."""
-    line = target - root
-    d = np.clip(np.linalg.norm(line, axis=-1, keepdims=True), 0.1, 0.999 * (a + b))
-    line = unit(line)
-    bend = unit(pole - line * (pole * line).sum(-1, keepdims=True))
-    along = (a * a - b * b + d * d) / (2 * d)
-    middle = root + along * line + np.sqrt(np.maximum(a * a - along * along, 0)) * bend
-    return middle, root + d * line
+def beside(place, ahead=0.0, left=0.0):
+    """So many metres ahead and to the left of a place (x, z, yaw), facing the same way."""
+    x, z, yaw = place
+    sin, cos = np.sin(yaw), np.cos(yaw)
+    return np.array([x + ahead * sin + left * cos, z + ahead * cos - left * sin, yaw])
+
+
+def bend(keys, start, end, value, velocity=0.0):
+    """Lead a curve, its keys (time, value, velocity), to a new value between two times. Whatever
+    was planned after start is dropped: the curve then bends from its last key straight to the new
+    one, so consecutive actions blend."""
+    if keys[-1][0] < start - 1e-6:
+        keys.append((start, keys[-1][1], 0.0))
+    while keys[-1][0] > start + 1e-6 and len(keys) > 1:
+        keys.pop()
+    keys.append((end, value, velocity))
+
+
+def curves(**rest):
+    """Names and their values at rest -> curves, each a list of keys (time, value, velocity)."""
+    return {name: [(0.0, value, 0.0)] for name, value in rest.items()}
 
 
 class Plan:
-    """What a body is going to do: footsteps, and curves of everything else as keys (time, value, velocity).
+    """What a body is going to do, as curves.
 
-    Curves: height, shift, sway (the pelvis: up; forward and left of the feet's middle), pitch, twist, roll (the trunk), and per
-    side, 0 left and 1 right: flex, abduct, reach (the wrist seen from the shoulder: angle forward, angle outward, distance) and
-    up, fwd, tip (a foot in the air: added height, added distance ahead, angle of the toes down). 'flex' is short for flex0 and
-    flex1. An action (one method each, side 0 or 1, pace 1 for normal) starts at self.t and moves self.t to its end."""
+    Trunk, counted from standing: height, shift, sway (the pelvis: up; forward and left of the
+    feet's middle), pitch, twist. Arms: flex, abduct, reach (the wrist seen from the shoulder:
+    angle forward, angle outward, distance). Legs: x, z, yaw (where the body would stand) and, for
+    a foot in the air, lift, fwd, tip (height, distance ahead, angle of the toes down).
+
+    An action is a method with a side (ignored where there is none) and a pace (1 is normal) that
+    starts at self.t and moves self.t to its end."""
 
     def __init__(self, rng):
-        self.rng, self.some, self.t = rng, rng.uniform, rng.uniform(0.1, 0.4)
-        self.rest = {'height': self.some(0.948, 0.96), 'shift': 0.025, 'sway': 0.0, 'pitch': self.some(0, 0.06), 'twist': 0.0,
-                     'roll': 0.0} | {n + s: 0.0 for n in ('up', 'fwd', 'tip') for s in '01'}
-        for name, low, high in (('flex', 0.02, 0.16), ('abduct', 0.1, 0.22), ('reach', 0.485, 0.51)):
-            self.rest |= {name + '0': self.some(low, high), name + '1': self.some(low, high)}
-        self.keys = {name: [(0.0, value, 0.0)] for name, value in self.rest.items()}
-        self.start = [self.spot(f, 0, 0, 0) for f in (0, 1)]
-        self.feet, self.steps = list(self.start), [[], []]
+        self.some, self.count = rng.uniform, rng.integers
+        self.t = self.some(0.1, 0.4)
+        self.feet = [np.zeros(3), np.zeros(3)]
+        self.trunk = curves(height=0.0, shift=0.0, sway=0.0, pitch=0.0, twist=0.0)
+        self.limbs = []
+        for _ in ('left', 'right'):
+            arm = curves(flex=self.some(0.02, 0.16), abduct=self.some(0.1, 0.22),
+                         reach=self.some(0.485, 0.51))
+            self.limbs.append(arm | curves(**dict.fromkeys(LEG, 0.0)))
 
-    def count(self, low, high):
-        return int(self.rng.integers(low, high + 1))
+    def move(self, end, side=None, start=0.0, speed=0.0, **targets):
+        """Move curves of the trunk and of one or both sides' limbs to new values between start and
+        end, in seconds from now. speed: how fast they are at the end."""
+        limbs = self.limbs if side is None else [self.limbs[side]]
+        for name, value in targets.items():
+            parts = [self.trunk] if name in self.trunk else limbs
+            for part in parts:
+                bend(part[name], self.t + start, self.t + end, value, speed)
 
-    def move(self, t0, t1, **targets):
-        """Move curves to new values between t0 and t1; a target may be (value, velocity). Whatever was planned on a curve after
-        t0 is dropped: the curve then bends from its last key straight to the new one, so consecutive actions blend."""
-        for name, target in targets.items():
-            value, velocity = target if isinstance(target, tuple) else (target, 0.0)
-            for full in [name] if name in self.keys else [name + '0', name + '1']:
-                keys = self.keys[full]
-                if keys[-1][0] < t0:
-                    keys.append((t0, keys[-1][1], 0.0))
-                while keys[-1][0] > t0 + 1e-6 and len(keys) > 1:
-                    keys.pop()
-                keys.append((t1, value, velocity))
-
-    def go(self, seconds, **targets):
+    def go(self, seconds, side=None, **targets):
         """The same from now on, and wait for it."""
-        self.move(self.t, self.t + seconds, **targets)
+        self.move(seconds, side, **targets)
         self.t += seconds
 
-    def relax(self, t0, t1, but=()):
-        """Bring every curve that is away from its rest value back to it."""
-        self.move(t0, t1, **{n: v for n, v in self.rest.items() if self.keys[n][-1][1:] != (v, 0.0) and n not in but})
+    def relax(self, end, start=0.0):
+        """Bring trunk and arms back to rest, where their first keys are, and wait for most of it.
+        Feet are put down by who lifted them."""
+        for part in (self.trunk, *self.limbs):
+            for name, keys in part.items():
+                if name not in LEG:
+                    bend(keys, self.t + start, self.t + end, keys[0][1])
+        self.t += end - 0.1
 
-    def step(self, foot, t0, t1, spot, lift=0.06, roll=0.3, flight=False):
-        """The foot leaves the floor at t0 and lands at t1 on spot (x, z, yaw). Its heel comes up before that, over the toe, to
-        the angle roll. In a flight of the whole body it follows a parabola; an ordinary step rises early and lands softly."""
-        landed = self.steps[foot][-1][2] if self.steps[foot] else 0.0
-        self.steps[foot].append((max(t0 - 0.12, landed), t0, t1, self.feet[foot], spot, lift, roll, flight))
-        self.feet[foot] = spot
+    def where(self):
+        """The place between the feet."""
+        return (self.feet[0] + self.feet[1]) / 2
 
-    def where(self, ahead=0.0, left=0.0):
-        """x, z, yaw midway between the feet, or so many metres from there."""
-        x, z, yaw = (self.feet[0] + self.feet[1]) / 2
-        return x + ahead * np.sin(yaw) + left * np.cos(yaw), z + ahead * np.cos(yaw) - left * np.sin(yaw), yaw
+    def carry(self, foot, seconds, place):
+        """Bring a foot to where it belongs when the body stands at a place."""
+        self.feet[foot] = place
+        self.move(seconds, foot, x=place[0], z=place[1], yaw=place[2])
 
-    def spot(self, foot, x, z, yaw):
-        """Where a foot belongs (the ankle's x, z and its yaw) when the body stands at x, z."""
-        left = SPREAD * (1 - 2 * foot)
-        return np.array([x + left * np.cos(yaw), z - left * np.sin(yaw), yaw])
+    def step(self, foot, seconds, place, lift=0.06, tip=0.3, flight=False):
+        """The foot leaves the floor now and lands so many seconds later. Its heel comes up before
+        that, over the toe, to the angle tip. In a flight of the whole body its height is a
+        parabola; in an ordinary step it rises early and lands softly."""
+        self.carry(foot, seconds, place)
+        landed = self.limbs[foot]['tip'][-1][0] - self.t
+        self.move(0.0, foot, start=max(-0.12, landed), tip=tip)
+        self.move(seconds, foot, tip=0.0)
+        rise, fall = (4.0, -4.0) if flight else (6.75, 0.0)
+        speed = lift / seconds
+        nearly = seconds - 0.001  # speeds come and go at once
+        self.move(0.001, foot, speed=rise * speed, lift=0.0)
+        self.move(nearly, foot, start=0.001, speed=fall * speed, lift=0.0)
+        self.move(seconds, foot, start=nearly, lift=0.0)
 
-    def gait(self, n, length, period, lift, roll, swing=0.8, turn=0.0, arm=0.3, arm_mid=0.08, ramp=0.8, **posture):
-        """n steps of a length (negative: backwards) and a closing one. swing: how long a foot is in the air, in periods; above 1
-        both are, for a moment, and the pelvis flies. ramp: the first and last step, relative to the others."""
-        (x, z, yaw), foot, t0, landed = self.where(), self.count(0, 1), self.t, self.t
-        self.move(t0, t0 + 0.4, **posture)
+    def gait(self, n, length, period, swing, lift, tip, arm, arm_mid):
+        """n steps of a length and a closing one, on a slight bend. swing: how long a foot is in
+        the air, in periods; above 1 both are, for a moment, and the pelvis flies."""
+        place = self.where()
+        turn = self.some(-0.25, 0.25) / n
+        foot = self.count(2)
         for k in range(n + 1):
-            off, share = t0 + k * period, 0.6 if k in (0, n) else 1.0
-            land = off + min(swing, 1.1 if k == n else 9) * period
+            share = 1.0 if 0 < k < n - 1 else 0.7
             if k < n:
-                yaw, ahead = yaw + turn / n, length * (ramp if k in (0, n - 1) else 1)
-                x, z = x + ahead * np.sin(yaw), z + ahead * np.cos(yaw)
-                a = arm * share * np.sign(length)  # the other side's arm goes forward with the foot, and the chest with it
-                self.move(landed, land, **{f'flex{foot}': arm_mid - a, f'flex{1 - foot}': arm_mid + a},
-                          twist=0.2 * a * (1 - 2 * foot))
-            self.step(foot, off, land, self.spot(foot, x, z, yaw), lift * share, roll * share)
+                place = beside(place + [0, 0, turn], length * share)
+            self.step(foot, swing * period, place, lift * share, tip * share)
+            # from landing to landing, the other arm goes forward with the foot, and the chest too
+            landed, lands = (swing - 1) * period, swing * period
+            reach = arm * share
+            self.move(lands, foot, landed, flex=arm_mid - reach)
+            self.move(lands, 1 - foot, landed, flex=arm_mid + reach)
+            self.move(lands, None, landed, twist=0.2 * reach * LEFTWARD[foot])
             if swing > 1:
-                self.move(off, off + 0.2 * period, height=self.rest['height'] + 0.01)
-                self.move(off + 0.2 * period, off + 0.7 * period, height=self.rest['height'] - 0.07)
-            foot, landed = 1 - foot, land
-        self.t = landed
-        self.relax(self.t - 0.6 * period, self.t + 0.3)
+                self.move(0.2 * period, height=0.01)
+                self.move(0.7 * period, start=0.2 * period, height=-0.07)
+            self.t += period
+            foot = 1 - foot
+        self.t += (swing - 1) * period
+        self.relax(0.3, -0.6 * period)
 
     def walk(self, side, pace):
-        self.gait(self.count(4, 7), self.some(0.48, 0.6) * pace ** 0.4, self.some(0.5, 0.56) / pace ** 0.8, self.some(0.05, 0.09),
-                  self.some(0.5, 0.7), turn=self.some(-0.25, 0.25), arm=self.some(0.25, 0.45), pitch=self.rest['pitch'] + 0.03)
+        length = self.some(0.48, 0.6) * pace ** 0.4
+        period = self.some(0.5, 0.56) / pace ** 0.8
+        self.move(0.4, pitch=0.03)
+        self.gait(self.count(4, 8), length, period, 0.8, lift=self.some(0.05, 0.09),
+                  tip=self.some(0.5, 0.7), arm=self.some(0.25, 0.45), arm_mid=0.08)
 
     def run(self, side, pace):
-        self.gait(self.count(6, 9), self.some(0.92, 1.02) * pace ** 0.3, self.some(0.33, 0.36) / pace ** 0.3, self.some(0.2, 0.3),
-                  1.2, swing=1.35, turn=self.some(-0.2, 0.2), arm=self.some(0.45, 0.65), arm_mid=0.6, ramp=0.6, reach=0.37,
-                  pitch=self.rest['pitch'] + 0.15)
-
-    def walk_backwards(self, side, pace):
-        self.gait(self.count(4, 6), -self.some(0.34, 0.46) * pace ** 0.4, self.some(0.5, 0.6) / pace ** 0.8,
-                  self.some(0.05, 0.08), 0.2, arm=self.some(0.1, 0.25))
+        length = self.some(0.92, 1.02) * pace ** 0.3
+        period = self.some(0.33, 0.36) / pace ** 0.3
+        self.move(0.4, pitch=0.15, reach=0.37)
+        self.gait(self.count(6, 10), length, period, 1.35, lift=self.some(0.2, 0.3),
+                  tip=1.2, arm=self.some(0.45, 0.65), arm_mid=0.6)
 
     def side_step(self, side, pace):
-        d, period = self.some(0.28, 0.4) * (1 - 2 * side), self.some(0.4, 0.5) / pace ** 0.8
-        self.move(self.t, self.t + 0.3, abduct=0.3, height=self.rest['height'] - 0.03)
-        for _ in range(self.count(2, 4)):  # lead foot out, other foot after it
-            place = self.where(left=d)
+        width = self.some(0.28, 0.4) * LEFTWARD[side]
+        period = self.some(0.4, 0.5) / pace ** 0.8
+        self.move(0.3, abduct=0.3, height=-0.03)
+        for _ in range(self.count(2, 5)):
+            place = beside(self.where(), left=width)
             for foot in (side, 1 - side):
-                self.step(foot, self.t, self.t + 0.85 * period, self.spot(foot, *place), 0.07, 0.25)
+                self.step(foot, 0.85 * period, place, lift=0.07, tip=0.25)
                 self.t += period
-        self.relax(self.t - 0.2, self.t + 0.2)
-
-    def turn_in_place(self, angle, pairs, period):
-        x, z, yaw = self.where()
-        inner = 0 if angle > 0 else 1  # opens first, so that the legs do not cross
-        self.move(self.t, self.t + period, twist=0.25 * np.sign(angle))  # the chest leads
-        for k in range(1, pairs + 1):
-            for foot in (inner, 1 - inner):
-                self.step(foot, self.t, self.t + 0.85 * period, self.spot(foot, x, z, yaw + angle * k / pairs), 0.06, 0.3)
-                self.t += period
-        self.relax(self.t - period, self.t + 0.2)
-        self.t += 0.15
+        self.relax(0.2, -0.2)
 
     def turn(self, side, pace):
-        self.turn_in_place(self.some(1.2, 2.2) * (1 - 2 * side), self.count(2, 3), self.some(0.3, 0.38) / pace)
-
-    def spin(self, side, pace):
-        self.turn_in_place(2 * np.pi * self.rng.choice([-1, 1]), self.count(5, 6), self.some(0.25, 0.3) / pace)
+        pairs = self.count(2, 4)
+        angle = self.some(1.2, 2.2) * LEFTWARD[side] / pairs
+        period = self.some(0.3, 0.38) / pace
+        place = self.where()
+        self.move(period, twist=0.25 * LEFTWARD[side])  # the chest leads
+        for _ in range(pairs):
+            place = place + [0, 0, angle]
+            for foot in (side, 1 - side):  # the inner foot opens first: legs do not cross
+                self.step(foot, 0.85 * period, place)
+                self.t += period
+        self.relax(0.2, -period)
 
     def kick(self, side, pace):
-        s, o, right = str(side), str(1 - side), 2 * side - 1
+        tempo = pace ** 0.6
+        left = LEFTWARD[side]
         angle = self.some(1.1, 1.55)  # of the stretched leg, from hanging down
-        shift, cock, strike, hold, fold, down = np.array([0.3, 0.35, 0.3, 0.1, 0.35, 0.3]) / pace ** 0.6
-        self.move(self.t, self.t + shift + 0.1, sway=0.055 * right)
-        self.t += shift
-        self.step(side, self.t, self.t + cock + strike + hold + fold + down, self.feet[side], 0.0, 0.15)
-        self.go(cock, **{'up' + s: 0.3, 'fwd' + s: -0.22, 'tip' + s: 0.7, 'flex' + o: 0.7, 'flex' + s: -0.3}, abduct=0.4,
-                twist=0.2 * right, height=self.rest['height'] - 0.03)
-        self.go(strike, **{'up' + s: 0.82 - 0.81 * np.cos(angle), 'fwd' + s: 0.81 * np.sin(angle), 'tip' + s: -0.8,
-                           'flex' + o: -0.2, 'flex' + s: 0.4}, twist=-0.2 * right, pitch=self.rest['pitch'] - 0.22)
-        self.t += hold
-        self.relax(self.t, self.t + fold + down + 0.1, but=('sway', 'up' + s, 'fwd' + s, 'tip' + s))
-        self.go(fold, **{'up' + s: 0.3, 'fwd' + s: 0.12, 'tip' + s: 0.2})
-        self.go(down, **{'up' + s: 0.0, 'fwd' + s: 0.0, 'tip' + s: 0.0})
-        self.move(self.t - down + 0.1, self.t + 0.2, sway=0.0)
+        height, ahead = 0.82 - 0.81 * np.cos(angle), 0.81 * np.sin(angle)
+        # weight on the other foot, cock, strike and hold, fold, put down
+        self.move(0.4 / tempo, sway=-0.055 * left)
+        self.t += 0.3 / tempo
+        self.move(0.35 / tempo, 1 - side, flex=0.7, abduct=0.4)
+        self.move(0.35 / tempo, side, flex=-0.3, abduct=0.4)
+        self.move(0.35 / tempo, side, lift=0.3, fwd=-0.22, tip=0.7)
+        self.go(0.35 / tempo, twist=-0.2 * left, height=-0.03)
+        self.move(0.3 / tempo, 1 - side, flex=-0.2)
+        self.move(0.3 / tempo, side, lift=height, fwd=ahead, tip=-0.8, flex=0.4)
+        self.go(0.3 / tempo, twist=0.2 * left, pitch=-0.22)
+        self.t += 0.1 / tempo
+        self.go(0.35 / tempo, side, lift=0.3, fwd=0.12, tip=0.2)
+        self.go(0.3 / tempo, side, lift=0.0, fwd=0.0, tip=0.0)
+        self.relax(0.2, -0.3 / tempo)
 
     def punch(self, side, pace):
-        s, right = str(side), 2 * side - 1
-        guard = {'reach' + s: 0.25, 'flex' + s: 1.45, 'twist': 0.0, 'pitch': self.rest['pitch']}
-        self.go(0.47 / pace ** 0.5, flex=1.45, abduct=-0.2, reach=0.25, height=self.rest['height'] - 0.04)
-        for _ in range(self.count(1, 3)):
-            self.go(0.2 / pace ** 0.7, **{'reach' + s: self.some(0.5, 0.52), 'flex' + s: self.some(1.5, 1.62)},
-                    twist=0.3 * right, pitch=self.rest['pitch'] + 0.1)
-            self.t += 0.14 / pace ** 0.7
-            self.go(0.27 / pace ** 0.7, **guard)
+        tempo = pace ** 0.7
+        self.go(0.47 / pace ** 0.5, flex=1.45, abduct=-0.2, reach=0.25, height=-0.04)  # guard
+        for _ in range(self.count(1, 4)):
+            self.move(0.2 / tempo, twist=-0.3 * LEFTWARD[side], pitch=0.1)
+            self.go(0.2 / tempo, side, reach=self.some(0.5, 0.52), flex=self.some(1.5, 1.62))
+            self.t += 0.14 / tempo
+            self.move(0.27 / tempo, twist=0.0, pitch=0.0)
+            self.go(0.27 / tempo, side, reach=0.25, flex=1.45)
             self.t += self.some(0.02, 0.15)
-        self.relax(self.t, self.t + 0.45)
-        self.t += 0.3
+        self.relax(0.45)
 
     def wave(self, side, pace):
-        s, high, beat = str(side), self.some(2.4, 2.6), self.some(0.24, 0.3) / pace ** 0.6
-        self.go(0.5, **{'flex' + s: 0.25, 'abduct' + s: high, 'reach' + s: 0.39}, roll=0.04 * (1 - 2 * side))
-        for k in range(2 * self.count(2, 4) + 1):
-            self.go(beat, **{'abduct' + s: high + (0.35 if k % 2 else -0.35)})
-        self.relax(self.t, self.t + 0.5)
-        self.t += 0.35
+        high = self.some(2.4, 2.6)
+        beat = self.some(0.24, 0.3) / pace ** 0.6
+        self.go(0.5, side, flex=0.25, abduct=high, reach=0.39)
+        for _ in range(self.count(2, 5)):
+            self.go(beat, side, abduct=high - 0.35)
+            self.go(beat, side, abduct=high + 0.35)
+        self.go(beat, side, abduct=high - 0.35)
+        self.relax(0.5)
 
-    def raise_arms(self, side, pace):
-        up, hold, down, high = self.some(0.7, 0.9) / pace, self.some(0.4, 0.9), self.some(0.6, 0.8) / pace, self.some(2.75, 2.95)
-        flex, abduct = (high, -0.15) if self.rng.random() < 0.5 else (0.1, high)  # through the front, or through the sides
-        self.go(up, flex=flex, abduct=abduct, reach=0.51, pitch=self.rest['pitch'] - 0.06)
-        self.relax(self.t + hold, self.t + hold + down)
-        self.t += hold + down - 0.1
-
-    def fly(self, feet, h, forward, tuck, roll, crouch):
-        """From now: push off for crouch seconds, rise by h, land after the time that gravity asks for (and advance to it)."""
-        off, flight, stand = self.t + crouch, 2 * np.sqrt(2 * h / 9.81), self.rest['height']
-        self.move(self.t, off, height=(stand + 0.03, 9.81 * flight / 2))
-        self.move(off, off + flight, height=(stand, -9.81 * flight / 2))
-        place = self.where(ahead=forward)
+    def fly(self, feet, place, crouch, rise, tuck, tip):
+        """Push off for crouch seconds, rise, and land at a place when gravity says so."""
+        speed = np.sqrt(2 * 9.81 * rise)
+        flight = 2 * speed / 9.81
+        self.move(crouch, speed=speed, height=0.03)
+        self.t += crouch
+        self.move(flight, speed=-speed, height=0.0)
         for foot in feet:
-            self.step(foot, off, off + flight, self.spot(foot, *place), h + tuck, roll, flight=True)
-        self.t = off + flight
+            self.step(foot, flight, place, rise + tuck, tip, flight=True)
+        self.t += flight
 
     def jump(self, side, pace):
-        forward = self.some(0, 0.2)
-        for _ in range(self.count(1, 2)):
-            self.go(0.55 / pace ** 0.5 - 0.2, height=0.7, pitch=0.45, shift=-0.06, flex=-0.6)
-            self.move(self.t, self.t + 0.2, pitch=0.05, shift=0.03)
-            self.move(self.t, self.t + 0.4, flex=self.some(1.7, 2.3))
-            self.fly((0, 1), self.some(0.14, 0.26), forward, 0.05, 0.75, 0.2)
-            self.move(self.t - 0.1, self.t + 0.2, flex=0.4, pitch=0.3)
-            self.go(0.2, height=self.rest['height'] - 0.17, shift=-0.02)
-        self.relax(self.t, self.t + 0.4)
-        self.t += 0.3
+        ahead = self.some(0.0, 0.2)
+        crouch = 0.55 / pace ** 0.5 - 0.2
+        for _ in range(self.count(1, 3)):
+            self.go(crouch, height=-0.25, pitch=0.42, shift=-0.085, flex=-0.6)
+            self.move(0.2, pitch=0.02, shift=0.005)
+            self.move(0.4, flex=self.some(1.7, 2.3))
+            place = beside(self.where(), ahead)
+            self.fly((0, 1), place, 0.2, self.some(0.14, 0.26), tuck=0.05, tip=0.75)
+            self.move(0.3, flex=0.4)
+            self.go(0.2, height=-0.17, pitch=0.27, shift=-0.045)
+        self.relax(0.4)
 
     def hop(self, side, pace):
-        foot, forward, t0 = self.count(0, 1), self.some(0.0, 0.1), self.t + 0.15
-        free = str(1 - foot)
-        self.move(self.t, self.t + 0.35, sway=0.06 * (1 - 2 * foot))
-        self.move(t0, t0 + 0.35, **{'up' + free: 0.24, 'fwd' + free: -0.16, 'tip' + free: 0.7}, abduct=0.5, reach=0.42)
-        (x, z, yaw), self.t = self.where(), self.t + 0.55
-        for k in range(1, self.count(3, 5) + 1):
-            self.go(0.28 / pace ** 0.5 - 0.12, height=self.rest['height'] - 0.09, flex=0.0)
-            self.move(self.t + 0.12, self.t + 0.35, flex=0.6)
-            # the free foot still waits at its old spot: where() is half a hop behind
-            self.fly((foot,), self.some(0.07, 0.11), forward * (k + 1) / 2, 0.02, 0.5, 0.12)
-        place = x + forward * k * np.sin(yaw), z + forward * k * np.cos(yaw), yaw
-        self.step(1 - foot, t0, self.t + 0.45, self.spot(1 - foot, *place), 0.0, 0.3)
-        self.relax(self.t, self.t + 0.45)
-        self.t += 0.5
+        foot = self.count(2)
+        free = 1 - foot
+        ahead = self.some(0.0, 0.1)
+        crouch = 0.28 / pace ** 0.5 - 0.12
+        self.move(0.4, sway=0.06 * LEFTWARD[foot], abduct=0.5, reach=0.42)
+        self.move(0.5, free, start=0.15, lift=0.24, fwd=-0.16, tip=0.7)
+        self.t += 0.55
+        for _ in range(self.count(3, 6)):
+            place = beside(self.where(), ahead)
+            self.go(crouch, height=-0.09, flex=0.0)
+            self.move(0.35, start=0.12, flex=0.6)
+            self.carry(free, 0.35, place)
+            self.fly((foot,), place, 0.12, self.some(0.07, 0.11), tuck=0.02, tip=0.5)
+        self.move(0.35, free, lift=0.0, fwd=0.0, tip=0.0)
+        self.relax(0.45)
 
-    def dip(self, down, hold, up, **pose):
-        self.go(down, **pose)
-        self.relax(self.t + hold, self.t + hold + up)
-        self.t += hold + up
+    def pose(self, pace, hold, **targets):
+        """Into a pose, hold it, and out of it again."""
+        self.go(self.some(0.7, 0.9) / pace, **targets)
+        self.t += hold
+        self.relax(self.some(0.6, 0.9) / pace)
+        self.t += 0.1  # a squat that runs into sitting down is none
+
+    def raise_arms(self, side, pace):
+        flex, abduct = self.some(2.75, 2.95), -0.15  # through the front
+        if self.count(2):
+            flex, abduct = 0.1, flex                 # through the sides
+        self.pose(pace, self.some(0.4, 0.9), flex=flex, abduct=abduct, reach=0.51, pitch=-0.06)
 
     def squat(self, side, pace):
-        self.dip(self.some(0.7, 0.9) / pace, self.some(0.05, 0.4), self.some(0.6, 0.8) / pace, height=self.some(0.48, 0.58),
-                 shift=-0.1, pitch=self.some(0.35, 0.55), flex=self.some(0.9, 1.5), abduct=0.0)
+        self.move(0.8 / pace, flex=self.some(0.9, 1.5), abduct=0.0)
+        self.pose(pace, self.some(0.05, 0.4), height=self.some(-0.47, -0.37),
+                  pitch=self.some(0.32, 0.52), shift=-0.125)
 
     def bow(self, side, pace):
-        angle = self.some(0.95, 1.3)
-        self.dip(self.some(0.7, 0.9) / pace, self.some(0.2, 0.6), self.some(0.7, 0.9) / pace, pitch=angle, shift=-0.09,
-                 flex=0.6 * angle)
-
-    def seated(self):
-        return {'height': self.some(0.45, 0.5), 'shift': -0.36, 'flex': 0.62, 'abduct': 0.05, 'reach': 0.44}
+        angle = self.some(0.92, 1.27)
+        self.pose(pace, self.some(0.2, 0.6), pitch=angle, shift=-0.115, flex=0.6 * angle)
 
     def sit_down(self, side, pace):
         down = self.some(1.0, 1.3) / pace
-        self.move(self.t, self.t + 0.7 * down, pitch=0.5)
-        self.move(self.t + 0.7 * down, self.t + down + 0.3, pitch=0.03)
-        self.go(down, **self.seated())
-        self.t += self.some(0.6, 1.4)
-
-    def stand_up(self, side, pace):
-        up = self.some(0.9, 1.2) / pace
-        self.relax(self.t + 0.15 * up, self.t + 1.15 * up)
-        self.move(self.t, self.t + 0.4 * up, pitch=0.6)
-        self.move(self.t + 0.4 * up, self.t + 1.15 * up, pitch=self.rest['pitch'])
-        self.t += 1.2 * up
-
-    def idle(self, side, pace):
-        self.t += self.some(1.8, 2.8)
+        self.move(down, height=self.some(-0.5, -0.455), shift=-0.385)
+        self.move(down, flex=0.62, abduct=0.05, reach=0.44)
+        self.go(0.7 * down, pitch=0.47)
+        self.go(0.3 * down + 0.3, pitch=0.0)
+        self.t += self.some(0.3, 1.1)
 
 
-def curve(keys, times):
-    """Keys (time, value, velocity) -> cubic Hermite values (T,), held before the first and after the last."""
-    t, v, m = np.array(keys).T
-    if len(t) == 1:
-        return np.full(len(times), v[0])
-    i = np.clip(np.searchsorted(t, times, 'right') - 1, 0, len(t) - 2)
-    h = np.maximum(t[i + 1] - t[i], 1e-9)
-    s = np.clip((times - t[i]) / h, 0, 1)
-    return ((v[i] * (1 + 2 * s) + m[i] * h * s) * (1 - s) ** 2 + (v[i + 1] * (3 - 2 * s) + m[i + 1] * h * (s - 1)) * s ** 2)
+ACTIONS = {
+    'walk': Plan.walk, 'run': Plan.run, 'side-step': Plan.side_step, 'turn': Plan.turn,
+    'kick': Plan.kick, 'punch': Plan.punch, 'wave': Plan.wave, 'raise arms': Plan.raise_arms,
+    'jump': Plan.jump, 'hop': Plan.hop, 'squat': Plan.squat, 'sit down': Plan.sit_down,
+    'bow': Plan.bow,
+}
+SIDED = {'side-step', 'turn', 'kick', 'punch', 'wave'}
 
 
-def foot_path(start, steps, times):
-    """Footsteps -> spot (T, 3: x, z, yaw of the ankle over the floor), lift, pitch, ankle planted, toe planted (each (T,))."""
-    spot, lift, pitch = np.tile(start, (len(times), 1)), np.zeros(len(times)), np.zeros(len(times))
-    ankle, toe = np.ones(len(times), bool), np.ones(len(times), bool)
-    for heel_off, off, land, a, b, high, roll, flight in steps:
-        rolling, air = (times > heel_off) & (times <= off), (times > off) & (times < land)
-        pitch[rolling] = roll * ((times[rolling] - heel_off) / (off - heel_off)) ** 2
-        s = (times[air] - off) / (land - off)
-        spot[air] = a + (b - a) * (s if flight else s * s * (3 - 2 * s))[:, None]  # a body in flight does not speed up
-        spot[times >= land] = b
-        lift[air] = high * (4 * s * (1 - s) if flight else s * (1 - s) ** 1.5 / 0.186)
-        pitch[air] = roll * (1 - s) ** 2 * (1 + 4 * s) - (0 if flight else 1.2 * roll * s ** 3 * (1 - s))
-        # planted says: does not move from this frame to the next
-        ankle &= (times + 1 / FPS <= heel_off + 1e-9) | (times >= land - 1e-9)
-        toe &= (times + 1 / FPS <= off + 1e-9) | (times >= land - 1e-9)
-    return spot, lift, pitch, ankle, toe
+def play(curves, times):
+    """{name: keys} -> {name: values (T,)}: cubic between the keys, held after the last. A spline
+    costs 0.1 ms to make, so one holds all curves, each in a minute of its own."""
+    laid_out = []
+    for minute, keys in enumerate(curves.values()):
+        last_value = keys[-1][1]
+        for time, value, velocity in keys + [(59.0, last_value, 0.0)]:
+            laid_out.append((60.0 * minute + time, value, velocity))
+    spline = CubicHermiteSpline(*np.array(laid_out).T)
+    return {name: spline(60.0 * minute + times) for minute, name in enumerate(curves)}
+
+
+def two_bone(root, target, a, b, pole):
+    """Bones of lengths a and b from root towards target (..., 3), bending towards pole -> middle
+    joint, end joint. A target out of reach is pulled in, so bones keep their lengths."""
+    line = unit(target - root)
+    distance = np.linalg.norm(target - root, axis=-1, keepdims=True)
+    distance = np.clip(distance, 0.1, 0.999 * (a + b))
+    aside = unit(pole - line * (pole * line).sum(-1, keepdims=True))
+    along = (a * a - b * b + distance * distance) / (2 * distance)
+    middle = root + along * line + np.sqrt(np.maximum(a * a - along * along, 0)) * aside
+    return middle, root + distance * line
 
 
 def body(plan, n_frames):
-    """Plan -> joints (T, 22, 3), planted (T, 4: left ankle, left toe, right ankle, right toe)."""
+    """Plan -> joints (T, 22, 3), planted (T, 4: left ankle, left toe, right ankle, right toe).
+    planted[t] says that the joint stays where it is from frame t to t + 1."""
     times = np.arange(n_frames) / FPS
-    c = {name: curve(keys, times) for name, keys in plan.keys.items()}
-    # nobody stands like a statue
-    for name, size in (('pitch', 0.012), ('roll', 0.01), ('sway', 0.006), ('flex0', 0.02), ('flex1', 0.02)):
-        c[name] = c[name] + size * np.sin(2 * np.pi * (plan.rng.uniform(0.2, 0.4) * times + plan.rng.random()))
-    paths = [foot_path(plan.start[f], plan.steps[f], times) for f in (0, 1)]
-    centre = smooth((paths[0][0] + paths[1][0]) / 2, 0.13)  # the pelvis follows its feet
-    yaw = centre[:, 2]
-    sway = c['sway'] + 0.035 * smooth(paths[0][4] * 1.0 - paths[1][4], 0.08)  # and leans over the one that stands
-    pelvis = np.zeros((n_frames, 3))
-    pelvis[:, 0] = centre[:, 0] + sway * np.cos(yaw) + c['shift'] * np.sin(yaw)
-    pelvis[:, 2] = centre[:, 1] - sway * np.sin(yaw) + c['shift'] * np.cos(yaw)
-    pelvis[:, 1] = c['height']
-    turned = [rotation(yaw + share * c['twist'], share * c['pitch'], share * c['roll']) for *_, share in SPINE]
+    trunk = play(plan.trunk, times)
+    left, right = (play(limb, times) for limb in plan.limbs)
+    limb = {name: np.array([left[name], right[name]]) for name in left}  # (2, T)
+    outward = LEFTWARD[:, None]
+    for name, size in (('pitch', 0.012), ('sway', 0.008)):  # nobody stands like a statue
+        phase = plan.some(0.2, 0.4) * times + plan.some(0.0, 1.0)
+        trunk[name] += size * np.sin(2 * np.pi * phase)
 
-    ankles, feet, hips, too_high = [], [], [], np.zeros(n_frames)
-    for f, (spot, lift, pitch, _, toe_down) in enumerate(paths):
-        flat = rotation(spot[:, 2])
-        pitch, lift = pitch + c[f'tip{f}'], lift + c[f'up{f}']
-        toe = np.stack([spot[:, 0], TOE_Y + lift, spot[:, 1]], -1) + flat[..., 2] * (FOOT_LENGTH + c[f'fwd{f}'])[:, None]
-        back = FOOT_DROP * np.sin(pitch) - FOOT_LENGTH * np.cos(pitch)
-        up = FOOT_DROP * np.cos(pitch) + FOOT_LENGTH * np.sin(pitch)
-        feet.append(flat[..., 2] * back[:, None] + np.array([0, 1, 0]) * up[:, None])  # toe to ankle
-        ankles.append(toe + feet[f])
-        hips.append(turned[0] @ (HIP * [1 - 2 * f, 1, 1]))
-        apart = (pelvis + hips[f] - ankles[f])[:, [0, 2]]
-        limit = ankles[f][:, 1] + np.sqrt(np.maximum(REACH ** 2 - (apart ** 2).sum(-1), 0.01)) - hips[f][:, 1]
-        near = np.convolve(np.pad(toe_down, 1, mode='edge'), np.ones(3), 'valid') > 0
-        too_high = np.maximum(too_high, np.where(near, pelvis[:, 1] - limit, 0))
-    # a planted foot out of reach lowers the pelvis: the running maximum, then its mean, is smooth and never too little
-    for reduce in (np.max, np.mean):
-        too_high = reduce(np.lib.stride_tricks.sliding_window_view(np.pad(too_high, 2, mode='edge'), 5), -1)
-    pelvis[:, 1] -= too_high
+    # the pelvis follows its feet, and leans over the one that stands
+    place = np.array([limb['x'], limb['z'], limb['yaw']])
+    down = limb['lift'] == 0
+    centre = smooth(place.mean(1).T, 0.13).T
+    sway = trunk['sway'] + 0.035 * smooth(down[0] * 1.0 - down[1], 0.08)
+    x, z, yaw = beside(centre, 0.025 + trunk['shift'], sway)
+    joints = np.zeros((22, n_frames, 3))
+    joints[PELVIS] = np.stack([x, plan.some(0.948, 0.96) + trunk['height'], z], -1)
 
-    joints = np.zeros((n_frames, 22, 3))
-    joints[:, PELVIS] = pelvis
-    for (joint, parent, offset, _), frame in zip(SPINE, turned):
-        joints[:, joint] = joints[:, parent] + frame @ np.array(offset)
-    chest = turned[3]
-    for f in (0, 1):
-        mirror = np.array([1 - 2 * f, 1, 1])
-        hip = pelvis + hips[f]
-        direction = unit(ankles[f] - hip)
-        forward = np.cross(direction, turned[0][..., 0])  # knees bend forward of the leg, wherever it points
-        joints[:, L_HIP + f] = hip
-        joints[:, L_KNEE + f], joints[:, L_ANKLE + f] = two_bone(hip, ankles[f], THIGH, SHIN, forward)
-        joints[:, L_TOE + f] = joints[:, L_ANKLE + f] - feet[f]
-        joints[:, L_COLLAR + f] = joints[:, SPINE3] + chest @ (COLLAR * mirror)
-        joints[:, L_SHOULDER + f] = joints[:, L_COLLAR + f] + chest @ (SHOULDER * mirror)
-        flex, abduct = c[f'flex{f}'], c[f'abduct{f}']
-        wrist = np.stack([np.cos(flex) * np.sin(abduct), -np.cos(flex) * np.cos(abduct), np.sin(flex)], -1) * mirror
-        wrist = joints[:, L_SHOULDER + f] + (chest @ wrist[..., None])[..., 0] * c[f'reach{f}'][:, None]
-        joints[:, L_ELBOW + f], joints[:, L_WRIST + f] = two_bone(joints[:, L_SHOULDER + f], wrist, UPPER_ARM, FOREARM,
-                                                                  chest @ (ELBOW_POLE * mirror))
-    joints[..., [0, 2]] -= joints[0, 0, [0, 2]]
-    joints = joints @ rotation(np.array(yaw[0]))  # row vectors times R: turns by -yaw, so frame 0 faces +Z
-    return joints.astype(np.float32), np.stack([paths[0][3], paths[0][4], paths[1][3], paths[1][4]], -1)
+    pitch = plan.some(0.0, 0.06) + trunk['pitch']
+    frame = {}
+    for part, share in SHARES.items():
+        frame[part] = rotation(yaw + share * trunk['twist'], share * pitch)
+    for joint, parent, offset, part in BONES:
+        joints[joint] = joints[parent] + frame[part] @ offset
+
+    x, z, _ = beside(place, FOOT_LENGTH + limb['fwd'], SPREAD * outward)
+    heel = rotation(limb['yaw'], limb['tip']) @ HEEL
+    ankle = np.stack([x, TOE_Y + limb['lift'], z], -1) + heel
+    # a planted foot out of reach lowers the pelvis, and all that hangs on it: the running maximum,
+    # then its mean, is smooth and never too little
+    x, y, z = np.moveaxis(joints[[L_HIP, R_HIP]] - ankle, -1, 0)
+    too_high = y - np.sqrt(np.maximum(REACH ** 2 - x ** 2 - z ** 2, 0.01))
+    too_high = np.maximum(too_high, 0) * binary_dilation(down, [[1, 1, 1]])
+    joints[..., 1] -= uniform_filter1d(maximum_filter1d(too_high.max(0), 5), 5)
+
+    hip = joints[[L_HIP, R_HIP]]
+    pole = np.cross(unit(ankle - hip), frame['pelvis'][..., 0])  # knees bend forward of the leg
+    knee, ankle = two_bone(hip, ankle, THIGH, SHIN, pole)
+    joints[[L_KNEE, R_KNEE]] = knee
+    joints[[L_ANKLE, R_ANKLE]] = ankle
+    joints[[L_TOE, R_TOE]] = ankle - heel
+
+    flex, abduct = limb['flex'], limb['abduct'] * outward
+    arm = [np.cos(flex) * np.sin(abduct), -np.cos(flex) * np.cos(abduct), np.sin(flex)]
+    arm = np.einsum('tij,jst->sti', frame['chest'], arm * limb['reach'])
+    pole = [frame['chest'] @ [0.5, -0.6, -0.6], frame['chest'] @ [-0.5, -0.6, -0.6]]  # of elbows
+    shoulder = joints[[L_SHOULDER, R_SHOULDER]]
+    elbow, wrist = two_bone(shoulder, shoulder + arm, UPPER_ARM, FOREARM, np.array(pole))
+    joints[[L_ELBOW, R_ELBOW]] = elbow
+    joints[[L_WRIST, R_WRIST]] = wrist
+
+    joints = joints.transpose(1, 0, 2)
+    joints[..., [0, 2]] -= joints[0, PELVIS, [0, 2]]
+    joints = joints @ rotation(yaw[0])  # row vectors times R turn by -yaw: frame 0 faces +Z
+    planted = np.stack([down & (limb['tip'] == 0), down], 1).reshape(4, n_frames).T
+    planted[:-1] &= planted[1:]
+    return joints.astype(np.float32), planted
+
+
+LANGUAGE = json.loads((Path(__file__).resolve().parent / 'config/toy_language.json').read_text())
 
 
 def make_script(rng):
-    """One to three different actions (so that a caption's word pairs settle their order) that can follow each other."""
-    n = int(rng.choice([1, 2, 3], p=[0.22, 0.53, 0.25]))
-    weights = np.array([1.7 if a in ('sit down', 'stand up') else 1.0 for a in ACTIONS])  # they fit in fewer places
-    while True:
-        actions = [str(a) for a in rng.choice(ACTIONS, n, replace=False, p=weights / weights.sum())]
-        sit, up = (actions.index(a) if a in actions else None for a in ('sit down', 'stand up'))
-        if up not in (None, 0) and sit != up - 1:
-            continue  # whoever stands up has sat
-        if sit is not None and sit != n - 1 and up != sit + 1:
-            continue  # whoever sits does nothing else but stand up
-        if any({a, b} == {'turn', 'spin'} for a, b in zip(actions, actions[1:])):
-            continue  # these would run into one another
-        break
-    speeds = rng.choice(list(SPEEDS), n, p=[0.2, 0.6, 0.2])
-    return [{'action': a, 'side': str(rng.choice(['left', 'right'])) if a in SIDED else None,
-             'speed': 'normal' if a == 'idle' else str(v)} for a, v in zip(actions, speeds)]
+    """One to three different actions, so that a caption's word pairs settle their order. Nobody
+    stands up again: who sits does so last."""
+    n = rng.choice([1, 2, 3], p=[0.22, 0.53, 0.25])
+    actions = [str(action) for action in rng.permutation(list(ACTIONS))[:n]]
+    actions.sort(key=lambda action: action == 'sit down')
+    script = []
+    for action in actions:
+        side = str(rng.choice(['left', 'right'])) if action in SIDED else None
+        speed = str(rng.choice(list(SPEEDS), p=[0.2, 0.6, 0.2]))
+        script.append({'action': action, 'side': side, 'speed': speed})
+    return script
+
+
+def caption(script, rng):
+    """Script -> (text, tokens) of one of the many ways to say it. Phrases are written as word/TAG
+    or word=lemma/TAG. An item's marker ("then", "finally") stands right before its verb and the
+    speed comes last, so that word pairs alone tell the order; each action has two or three verbs,
+    each limb its own noun."""
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    parts = [pick(LANGUAGE['subjects'])]
+    for place, item in enumerate(script):
+        if len(script) > 1:
+            parts.append(pick(LANGUAGE['markers'][place]))
+        parts.append(pick(LANGUAGE['phrases'][item['action']]).format(side=item['side']))
+        parts.append(pick(LANGUAGE['adverbs'][item['speed']]))
+    tagged = ' '.join(part for part in parts if part)
+    text = re.sub(r'(=\w+)?/[A-Z]+', '', tagged).replace(' ,', ',')
+    return text, re.sub(r'\w+=|, ', '', tagged)
 
 
 def make_clip(seed):
-    """-> dict(joints (T, 22, 3) float32, captions [(text, tokens)], script, planted (T, 4) bool), the same for the same seed.
-    Left ankle, left toe, right ankle, right toe: planted[t] says that the joint stays where it is from frame t to t + 1."""
+    """-> dict(joints (T, 22, 3) float32, captions [(text, tokens)], script, planted (T, 4) bool:
+    see body), the same for the same seed."""
     rng = np.random.default_rng(seed)
-    while True:
+    n_frames = MAX_FRAMES + 1
+    while n_frames > MAX_FRAMES:
         script, plan = make_script(rng), Plan(rng)
-        if script[0]['action'] == 'stand up':
-            plan.move(0.0, 0.0, **plan.seated())
-            plan.t += 0.3
         for item in script:
-            getattr(plan, re.sub('[ -]', '_', item['action']))(1 if item['side'] == 'right' else 0, SPEEDS[item['speed']])
+            side = 1 if item['side'] == 'right' else 0
+            ACTIONS[item['action']](plan, side, SPEEDS[item['speed']])
             plan.t += rng.uniform(0.05, 0.25)
         n_frames = max(MIN_FRAMES, int((plan.t + rng.uniform(0.2, 0.4)) * FPS))
-        if n_frames <= MAX_FRAMES:
-            break
     joints, planted = body(plan, n_frames)
-    captions = {caption(script, rng) for _ in range(20)}
-    captions = [sorted(captions)[i] for i in rng.permutation(len(captions))[:4]]
+    captions = dict.fromkeys(caption(script, rng) for _ in range(20))  # each once, in order
+    captions = list(captions)[:4]
     return {'joints': joints, 'captions': captions, 'script': script, 'planted': planted}
 
 
 def generate(n, seed):
     """-> n clips; other seeds give other clips."""
     return [make_clip(seed * 1_000_003 + i) for i in range(n)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The language. Phrases are written as lemma/TAG. The marker of an item's place ("then", "finally") stands right before its verb
-# and the speed comes last, so that word pairs alone tell the order; each action has two or three verbs, each limb its own noun.
-
-PHRASES = {
-    'walk': ['walk/VERB forward/ADV', 'walk/VERB ahead/ADV', 'stroll/VERB forward/ADV', 'stroll/VERB ahead/ADV'],
-    'run': ['run/VERB forward/ADV', 'run/VERB ahead/ADV', 'jog/VERB forward/ADV', 'jog/VERB ahead/ADV'],
-    'walk backwards': ['walk/VERB backwards/ADV', 'walk/VERB backward/ADV', 'back/VERB up/ADV'],
-    'side-step': ['sidestep/VERB {side}/ADV', 'sidestep/VERB to/ADP the/DET {side}/NOUN', 'shuffle/VERB {side}/ADV',
-                  'shuffle/VERB to/ADP the/DET {side}/NOUN'],
-    'turn': ['turn/VERB {side}/ADV', 'turn/VERB to/ADP the/DET {side}/NOUN', 'pivot/VERB {side}/ADV',
-             'pivot/VERB to/ADP the/DET {side}/NOUN'],
-    'spin': ['spin/VERB around/ADV', 'twirl/VERB around/ADV', 'spin/VERB in/ADP a/DET circle/NOUN'],
-    'kick': ['kick/VERB with/ADP the/DET {side}/ADJ leg/NOUN', 'kick/VERB with/ADP the/DET {side}/ADJ foot/NOUN',
-             'kick/VERB the/DET {side}/ADJ leg/NOUN'],
-    'punch': ['punch/VERB with/ADP the/DET {side}/ADJ fist/NOUN', 'jab/VERB with/ADP the/DET {side}/ADJ fist/NOUN',
-              'punch/VERB with/ADP the/DET {side}/ADJ arm/NOUN'],
-    'wave': ['wave/VERB with/ADP the/DET {side}/ADJ hand/NOUN', 'wave/VERB the/DET {side}/ADJ hand/NOUN'],
-    'raise arms': ['raise/VERB both/DET arm/NOUN', 'lift/VERB both/DET arm/NOUN', 'raise/VERB both/DET hand/NOUN'],
-    'jump': ['jump/VERB up/ADV', 'jump/VERB', 'leap/VERB up/ADV'],
-    'hop': ['hop/VERB on/ADP one/NUM leg/NOUN', 'hop/VERB on/ADP one/NUM foot/NOUN', 'bounce/VERB on/ADP one/NUM leg/NOUN'],
-    'squat': ['squat/VERB down/ADV', 'squat/VERB', 'crouch/VERB down/ADV'],
-    'sit down': ['sit/VERB down/ADV', 'sit/VERB on/ADP a/DET chair/NOUN', 'take/VERB a/DET seat/NOUN'],
-    'stand up': ['stand/VERB up/ADV', 'get/VERB up/ADV', 'rise/VERB'],
-    'bow': ['bow/VERB', 'bow/VERB forward/ADV', 'bend/VERB forward/ADV'],
-    'idle': ['stand/VERB still/ADV', 'stay/VERB still/ADV', 'wait/VERB'],
-}
-SUBJECTS = ['a/DET person/NOUN', 'the/DET person/NOUN', 'a/DET man/NOUN', 'someone/PRON']
-FIRST = ['', '', 'first/ADV']
-MIDDLE = [', then/ADV', 'and/CCONJ then/ADV', ', next/ADV', 'and/CCONJ after/ADP that/PRON']
-LAST = [', finally/ADV', 'and/CCONJ finally/ADV', ', lastly/ADV']  # of three; the second of two is a middle
-ADVERBS = {'slow': ['slowly/ADV'], 'normal': [''], 'fast': ['quickly/ADV', 'fast/ADV']}
-
-
-def caption(script, rng):
-    """-> (text, tokens) of one of the many ways to say it."""
-    pick = lambda options: options[int(rng.integers(len(options)))]
-    parts = [pick(SUBJECTS)]
-    for i, item in enumerate(script):
-        parts.append(pick((FIRST if len(script) > 1 else ['']) if i == 0 else MIDDLE if i == 1 else LAST))
-        parts += [pick(PHRASES[item['action']]).format(side=item['side']), pick(ADVERBS[item['speed']])]
-    tagged, words = ' '.join(parts).split(), []
-    for i, token in enumerate(tagged):
-        word, _, tag = token.partition('/')
-        if tag == 'VERB':
-            word += 'es' if word.endswith('ch') else 's'
-        words.append(word + 's' if tagged[i - 1] == 'both/DET' else word)
-    return ' '.join(words).replace(' ,', ','), ' '.join(t for t in tagged if t != ',')
-
-
-UNDERSTOOD = {  # wider than the grammar, for what people type; a clause must match exactly one
-    'walk': r'\b(walk|stroll)(?!.*back)\w*', 'run': r'\b(run|jog)\w*', 'walk backwards': r'\bbacks? up|\bbackwards?\b',
-    'side-step': r'\b(side-?step|shuffle)\w*|\bsteps? (to the )?(left|right|sideways)', 'turn': r'\b(turn|pivot|rotat)\w*',
-    'spin': r'\b(spin|twirl)\w*', 'kick': r'\bkick\w*', 'punch': r'\b(punch|jab)\w*', 'wave': r'\bwav\w*',
-    'raise arms': r'\b(rais|lift)\w* (both|their|his|her|the)?\b ?(arms|hands)', 'jump': r'\b(jump|leap)\w*',
-    'hop': r'\b(hop|bounc)\w*', 'squat': r'\b(squat|crouch)\w*', 'sit down': r'\b(sit|seat)\w*',
-    'stand up': r'\b(stand|get)\w* up|\bris(es|ing|e)\b', 'bow': r'\b(bow|bend)\w*',
-    'idle': r'\b(stand|stay)\w* (still|in place)|\bwait\w*',
-}
-MARKER = r'[,.;]|\b(?:and|then|next|after that|afterwards|finally|lastly|first)\b'
-FILLER = set("""a an the person man woman someone he she they both his her their one left right leg legs foot feet hand hands
-    arm arms fist fists with on in to up down around forward forwards ahead straight back circle chair take takes
-    is are walk walks walking step steps slow slowly quick quickly fast""".split())
-
-
-def parse(text):
-    """Caption or prompt in the grammar's style -> script, or None if any part is not understood. A side left open is None."""
-    script = []
-    for clause in re.split(MARKER, text.lower()):
-        clause = clause.strip()
-        if not clause or re.fullmatch(r'(a|the) (person|man|woman)|someone|he|she|they', clause):
-            continue
-        actions = [a for a, pattern in UNDERSTOOD.items() if re.search(pattern, clause)]
-        if len(actions) != 1 or set(re.findall(r"[a-z']+", re.sub(UNDERSTOOD[actions[0]], '', clause))) - FILLER:
-            return None
-        side = re.search(r'\b(left|right)\b', clause)
-        speed = 'slow' if re.search(r'\bslow', clause) else 'fast' if re.search(r'\b(quick|fast)', clause) else 'normal'
-        script.append({'action': actions[0], 'side': side[1] if side and actions[0] in SIDED else None, 'speed': speed})
-    return script or None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The detectors: thresholds on what a body does in space, with no knowledge of how the motion was made. Each gives the stretches
-# of frames (first, last) that are evidence of its item; 1.5 cm of noise must not change the verdict.
-
-def stretches(mask, at_least=0.0, gap=0.0):
-    """(T,) bool -> [(first, last)] runs of True that last at_least seconds, after bridging holes of up to gap seconds."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]).astype(int)))
-    runs = []
-    for a, b in zip(edges[::2], edges[1::2] - 1):
-        if runs and a - runs[-1][1] - 1 <= gap * FPS:
-            runs[-1] = (runs[-1][0], b)
-        else:
-            runs.append((a, b))
-    return [(int(a), int(b)) for a, b in runs if b - a + 1 >= at_least * FPS]
-
-
-def reversals(x, least):
-    """How often x (T,) changes direction, counting swings larger than least."""
-    count, low, high, direction = 0, x[0], x[0], 0
-    for now in x:
-        low, high = min(low, now), max(high, now)
-        if direction >= 0 and now < high - least or direction <= 0 and now > low + least:
-            count, direction = count + 1, -1 if now < high - least else 1
-            low = high = now
-    return count
-
-
-class View:
-    """Joints (T, 22, 3) seen from the body: (left, up, forward) axes, floor at 0, light smoothing."""
-
-    def __init__(self, joints):
-        j = smooth(np.asarray(joints, np.float64), 0.04)
-        j[..., 1] -= np.percentile(j[:, [L_TOE, R_TOE], 1].min(1), 20) - TOE_Y
-        self.joints, self.height = j, j[..., 1]
-        left = smooth(unit((j[:, L_HIP] - j[:, R_HIP] + j[:, L_SHOULDER] - j[:, R_SHOULDER]) * [1, 0, 1]), 0.1)
-        self.axes = np.stack([unit(left), np.broadcast_to([0.0, 1, 0], left.shape), unit(np.cross(left, [0, 1, 0]))], 1)  # rows
-        self.yaw = np.unwrap(np.arctan2(self.axes[:, 2, 0], self.axes[:, 2, 2]))
-        self.turning = np.gradient(smooth(self.yaw, 0.1)) * FPS
-        travel = self.axes @ (np.gradient(smooth(j[:, PELVIS], 0.15), axis=0) * FPS)[..., None]
-        self.leftward, _, self.forward = travel[..., 0].T  # pelvis velocity, m/s
-        self.steps = self.local(np.gradient((j[:, L_ANKLE] + j[:, R_ANKLE]) / 2, axis=0))  # how far the feet got in each frame
-        self.behind = self.local((j[:, L_ANKLE] + j[:, R_ANKLE]) / 2 - j[:, PELVIS])[:, 2]
-        self.arms = [self.local(j[:, L_WRIST + s] - j[:, L_SHOULDER + s]) for s in (0, 1)]
-        self.lean = np.arctan2(*(self.local(j[:, NECK] - j[:, PELVIS])[:, k] for k in (2, 1)))
-
-    def local(self, v):
-        """World vectors (T, 3) -> their (left, up, forward) parts."""
-        return (self.axes @ v[..., None])[..., 0]
-
-    def moved(self, run, axis):
-        """How far pelvis and feet both went along left (0) or forward (2) in a stretch: leaning or sitting back is no travel."""
-        part = slice(run[0], run[1] + 1)
-        pelvis, feet = (self.leftward, None, self.forward)[axis][part].sum() / FPS, self.steps[part, axis].sum()
-        return min(pelvis, feet, key=abs) if pelvis * feet > 0 else 0.0
-
-    def travels(self, speed, low, high, axis, least, seconds, gap=0.0):
-        return [r for r in stretches((speed > low) & (speed < high), seconds, gap) if abs(self.moved(r, axis)) > least]
-
-    def turns(self, sign, least, most):
-        runs = stretches(self.turning * sign > 0.3, 0.3, 0.25)  # the pause between two steps is no end
-        return [(a, b) for a, b in runs if least < (self.yaw[b] - self.yaw[a]) * sign < most]
-
-    def low(self, chair):
-        """Stretches with the pelvis low: far behind the feet, as on a chair, or not."""
-        runs = stretches(self.height[:, PELVIS] < 0.66, 0.15, 0.2)
-        return [(a, b) for a, b in runs if (self.behind[a:b + 1].max() > 0.22) == chair]
-
-    def stood(self, part):
-        return (self.height[part, PELVIS] > 0.78).any()
-
-    def still(self):
-        """Stretches of standing upright with hands down, in which nothing moves much for 1.3 s."""
-        n = int(1.3 * FPS)
-        if len(self.joints) < n:
-            return []
-        over = lambda x: np.lib.stride_tricks.sliding_window_view(x, n, axis=0)
-        spread = np.ptp(over(self.joints[:, [PELVIS, L_ANKLE, R_ANKLE, NECK, L_WRIST, R_WRIST]]), axis=-1).max(-1)
-        stands = (self.height[:, PELVIS] > 0.8) & (self.lean < 0.3)
-        stands &= self.height[:, [L_WRIST, R_WRIST]].max(1) < self.height[:, PELVIS] + 0.15
-        calm = (spread < [0.08, 0.1, 0.1, 0.1, 0.16, 0.16]).all(-1) & (np.ptp(over(self.yaw), axis=-1) < 0.3)
-        return [(a, b + n - 1) for a, b in stretches(calm & over(stands).all(-1))]
-
-    def evidence(self, action, side):
-        """Stretches (first, last frame) that show the action, done with or towards the side (0 left, 1 right)."""
-        near, far, height = self.arms[side], self.arms[1 - side], self.height
-        match action:
-            case 'walk':
-                return self.travels(self.forward, 0.22, 1.9, 2, 0.6, 0.9)
-            case 'run':
-                return self.travels(self.forward, 1.9, 99, 2, 0.8, 0.4)
-            case 'walk backwards':
-                return self.travels(-self.forward, 0.15, 99, 2, 0.4, 0.7, 0.2)
-            case 'side-step':
-                speed = self.leftward * (1 - 2 * side) * (np.abs(self.turning) < 0.8)
-                runs = self.travels(speed, 0.1, 99, 0, 0.35, 0.5, 0.3)
-                return [(a, b) for a, b in runs if abs(self.moved((a, b), 0)) > 2 * abs(self.moved((a, b), 2))
-                        and abs(self.yaw[b] - self.yaw[a]) < 0.6]
-            case 'turn':
-                return self.turns(1 - 2 * side, 0.85, 3.5)
-            case 'spin':
-                return self.turns(1, 4.5, 99) + self.turns(-1, 4.5, 99)
-            case 'kick':  # leg stretched out in front while the other foot stands
-                leg = self.local(self.joints[:, L_ANKLE + side] - self.joints[:, L_HIP + side])
-                out = (leg[:, 2] > 0.38) & (height[:, L_ANKLE + side] > 0.32) & (np.linalg.norm(leg, axis=-1) > 0.58)
-                return stretches(out & (height[:, L_TOE + 1 - side] < 0.1), 0.1, 0.1)
-            case 'punch':  # wrist shot out at the shoulder's height, the other one not
-                out = (near[:, 2] > 0.35) & (np.abs(near[:, 1]) < 0.2) & (np.abs(near[:, 0]) < 0.25) & (far[:, 2] < 0.33)
-                speed = np.gradient(near[:, 2]) * FPS
-                return [(a, b) for a, b in stretches(out, 0.0, 0.5) if speed[max(a - 6, 0):b + 1].max() > 0.7]
-            case 'wave':  # one hand up, going to and fro
-                runs = stretches((near[:, 1] > 0.03) & (far[:, 1] < 0), 0.6, 0.1)
-                return [(a, b) for a, b in runs if reversals(near[a:b + 1, 0], 0.06) >= 3]
-            case 'raise arms':
-                return stretches(height[:, [L_WRIST, R_WRIST]].min(1) > height[:, HEAD] + 0.05, 0.25, 0.1)
-            case 'jump':  # both feet off the floor, side by side
-                toes, apart = height[:, [L_TOE, R_TOE]], self.local(self.joints[:, L_TOE] - self.joints[:, R_TOE])[:, 2]
-                return stretches((toes.min(1) > 0.08) & (np.ptp(toes, axis=1) < 0.12) & (np.abs(apart) < 0.25), 0.1)
-            case 'hop':  # one foot stays up while the other leaves the floor at least twice
-                return [(a, b) for free in (0, 1) for a, b in stretches(height[:, L_ANKLE + free] > 0.2, 0.8, 0.1)
-                        if len(stretches(height[a:b + 1, L_TOE + 1 - free] > 0.06, 0.1)) >= 2]
-            case 'squat':
-                return [(a, b) for a, b in self.low(chair=False) if self.stood(slice(a)) and self.stood(slice(b, None))]
-            case 'sit down':
-                return [(max(a - 10, 0), min(a + 5, b)) for a, b in self.low(chair=True) if b - a > 8 and self.stood(slice(a))]
-            case 'stand up':
-                return [(max(b - 5, a), b + 10) for a, b in self.low(chair=True) if self.stood(slice(b, None))]
-            case 'bow':
-                return stretches((self.lean > 0.48) & (height[:, PELVIS] > 0.74), 0.2, 0.1)
-            case 'idle':
-                return self.still()
-
-    def find(self, item):
-        """The evidence of a script item, early to late."""
-        sides = {'left': [0], 'right': [1]}.get(item['side'], [0, 1] if item['action'] in SIDED else [0])
-        return sorted((r for side in sides for r in self.evidence(item['action'], side)), key=sum)
-
-
-def detect(joints, item):
-    """Does the motion (T, 22, 3) contain this item anywhere?"""
-    return bool(View(joints).find(item))
-
-
-def passes(joints, script):
-    """Does the motion contain every item of the script, in its order (by the middles of the stretches of evidence)?
-    A script of nothing but idling asks for little motion throughout."""
-    view, now = View(joints), -1
-    if [item['action'] for item in script] == ['idle']:
-        return sum(b - a + 1 for a, b in view.find(script[0])) >= 0.8 * len(joints)
-    for item in script:
-        later = [sum(r) for r in view.find(item) if sum(r) > now]
-        if not later:
-            return False
-        now = later[0]
-    return True

@@ -1,0 +1,224 @@
+"""Decoding: from text to tokens, and from a prompt to motion.
+
+    generate_base       Algorithm 2: all base tokens hidden, then filled in over a few rounds
+    generate_residual   MoMask 3.4: layer after layer on top of them
+    Pipeline            tokenizer + transformers + length estimator: prompts in, features out
+
+B prompts, N tokens of the longest, V codes. Text is c (B, m, 512) with c_valid (B, m): model.py.
+"""
+import math
+import os
+
+import torch
+
+import msd
+import text
+from configurator import UserError
+from data import FRAMES_PER_TOKEN
+from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
+from msd import gumbel_like
+from runtime import load, load_named
+from vq import load_tokenizer
+
+# ---------------------------------------------------------------------------- sampling and guidance
+
+
+def sample(logits, top_share, temperature, generator):
+    """Draw ids (B, n) from softmax(logits / temperature) over the largest `top_share` of V, logits
+    (B, n, V). The arg-max of logits plus Gumbel noise is such a draw; noise is only made for those
+    that can win: 52 of 512."""
+    n_top = max(1, math.ceil(top_share * logits.shape[-1]))
+    top, code = logits.topk(n_top, -1)
+    winner = (top / temperature + gumbel_like(top, generator)).argmax(-1, keepdim=True)
+    return code.gather(-1, winner)[..., 0]
+
+
+def guided(forward, c, scale):
+    """Classifier-free guidance in one pass: forward(text of 2B) -> uncond + s (cond - uncond),
+    float32. MoMask Eq 5 with s + 1 written s, as its code does. No text is a zero vector."""
+    cond, uncond = forward(torch.cat([c, torch.zeros_like(c)])).float().chunk(2)
+    return uncond + scale * (cond - uncond)
+
+
+def twice(*tensors):
+    return [torch.cat([x, x]) for x in tensors]
+
+
+# -------------------------------------------------------------------------------------- base tokens
+
+
+@torch.no_grad()
+def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
+                  temperature=1.0, anneal=0.0, das=True, lambda_D=0.5, beta=0.5, sigma_max=0.5,
+                  msd_decode='kept', width=None, generator=None):
+    """Algorithm 2. c (B, m, 512), c_valid (B, m), n (B,) tokens wanted -> ids (B, N), [PAD] behind
+    each end. N is the longest n, or width (which spares a compiled model a new graph per length).
+
+    Every step predicts all masked tokens, then hides the least confident again, fewer each time.
+
+    known (B, N)  tokens that are given and never masked; -1 where one is wanted
+    top_share     share of the codes that a token is drawn from
+    temperature   T_global of Eq 18; anneal lowers it over the steps, by that share at the end
+    das           complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; off, MoMask's
+    msd_decode    MSD of the 'kept' tokens, or of the current full 'guess' (kept + last predictions)
+
+    Nothing waits for a GPU inside the loop.
+    """
+    valid = torch.arange(width or int(n.max()), device=c.device) < n[:, None]
+    wanted = valid
+    ids = torch.where(valid, model.MASK, model.PAD)
+    if known is not None:
+        wanted = valid & (known < 0)
+        ids = torch.where(valid & ~wanted, known, ids)
+    n_wanted = wanted.sum(1)
+    guess = ids
+    score = torch.zeros(valid.shape, device=c.device)
+    c_valid2, valid2 = twice(c_valid, valid)
+
+    for step in range(steps):
+        share = math.cos(math.pi / 2 * step / max(steps - 1, 1))         # 1 -> 0
+        n_masked = (share * n_wanted).round().clamp(min=1).long()
+        masked = msd.top_k(-score, n_masked, wanted)
+        ids = torch.where(masked, model.MASK, ids)
+
+        described = None
+        if das or model.config.spectral_attn:
+            phi, seen = model.descriptor(guess if msd_decode == 'guess' else ids)
+        if model.config.spectral_attn:
+            described = twice(phi, seen)
+        ids2, = twice(ids)
+
+        def forward(c2):
+            return model(ids2, c2, c_valid2, valid2, described=described)
+
+        log_p = guided(forward, c, cond_scale).log_softmax(-1)           # (B, N, V)
+        T = temperature * (1 - anneal * step / steps)
+        if das:
+            p_max = log_p.amax(-1).exp()
+            b = msd.exploration(phi, seen & valid, p_max, masked, lambda_D)   # Eqs 15-17
+            T = T * (1 + beta * b[..., None])                            # Eqs 18, 20
+        drawn = sample(log_p, top_share, T, generator)
+        ids = torch.where(masked, drawn, ids)
+
+        confidence = log_p.gather(-1, drawn[..., None])[..., 0]
+        if das:
+            sigma = sigma_max * b                                        # Eqs 19, 21
+            confidence = confidence + sigma * gumbel_like(confidence, generator)
+        score = torch.where(masked, confidence, torch.inf)               # kept tokens stay kept
+        guess = ids
+    return ids
+
+
+# ---------------------------------------------------------------------------------- residual tokens
+
+
+@torch.no_grad()
+def generate_residual(model, ids, c, c_valid, n, n_layers=-1, cond_scale=5.0, top_share=0.1,
+                      temperature=1.0, generator=None):
+    """MoMask 3.4: base ids (B, N), n (B,) tokens each -> (B, N, 1 + n_layers), one guided pass a
+    layer, sampled; 0 behind each end. n_layers: how many of the Q - 1 residual layers; -1 is all."""
+    V, Q = model.config.n_codes, model.config.n_quantizers
+    valid = torch.arange(ids.shape[1], device=ids.device) < n[:, None]
+    c_valid2, valid2 = twice(c_valid, valid)
+    layers = ids[..., None].clamp(max=V).repeat(1, 1, Q)
+    n_layers = Q - 1 if n_layers < 0 else n_layers
+    for q in range(1, 1 + n_layers):
+        layers2, = twice(layers)
+
+        def forward(c2):
+            return model(layers2, c2, c_valid2, valid2, q)
+
+        logits = guided(forward, c, cond_scale)[..., :V]                 # never [PAD]
+        layers[..., q] = sample(logits, top_share, temperature, generator)
+    return torch.where(valid[..., None], layers, 0)[..., :1 + n_layers]
+
+
+# ----------------------------------------------------------------------------------------- pipeline
+
+
+class Pipeline:
+    """Everything between a prompt and motion features. mask, res and length may be None: then there
+    is only reconstruction, base tokens only, or lengths must be given. meta: name, skeleton, fps,
+    n_joints, dim, units_per_metre, max_frames of the data."""
+
+    def __init__(self, tokenizer, mask, res, length, text_encoder, meta, device='cpu'):
+        networks = [net and net.to(device).eval() for net in (tokenizer, mask, res, length)]
+        self.vq, self.mask, self.res, self.length = networks
+        self.text_encoder = text_encoder
+        self.meta = meta
+        self.device = device
+        self.n_max = meta['max_frames'] // FRAMES_PER_TOKEN
+
+    def condition(self, prompts, cache=None):
+        """list of B str -> c (B, m, 512), c_valid (B, m)."""
+        return text.condition(prompts, self.text_encoder, cache, self.device)
+
+    @torch.no_grad()
+    def lengths(self, c, seed=0):
+        """Plausible numbers of tokens (B,), drawn from the length estimator for c (B, m, 512)."""
+        if self.length is None:
+            raise UserError('No length was given and there is no length estimator: give --length, '
+                            'or train one with `python train_mask.py ... --stage=len`.')
+        logits = self.length(c.to(self.device))
+        logits[:, 0] = -torch.inf
+        logits[:, self.n_max + 1:] = -torch.inf
+        return (logits + gumbel_like(logits, self.generator(seed))).argmax(-1)
+
+    def generator(self, seed):
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def generate(self, c, c_valid, n, seed=0, res_scale=5.0, res_temperature=1.0, res_layers=-1,
+                 **decoding):
+        """Text and numbers of tokens n (B,) -> ids (B, N, q): base tokens and res_layers residual
+        layers, all there are by default. decoding: see generate_base."""
+        c, c_valid, n = c.to(self.device), c_valid.to(self.device), n.to(self.device)
+        g = self.generator(seed)
+        width = self.n_max if c.is_cuda else None
+        ids = generate_base(self.mask, c, c_valid, n, width=width, generator=g, **decoding)
+        if self.res is None:
+            return ids.clamp(max=self.mask.MASK - 1)[..., None]
+        return generate_residual(self.res, ids, c, c_valid, n, res_layers, res_scale,
+                                 temperature=res_temperature, generator=g)
+
+    def features(self, ids, n):
+        """ids (B, N, q), n (B,) -> un-normalized features, a list of B arrays (4 n_i, D)."""
+        motion = self.vq.denormalize(self.vq.decode_padded(ids, n.to(self.device))).cpu().numpy()
+        return [m[:FRAMES_PER_TOKEN * int(k)] for m, k in zip(motion, n)]
+
+
+def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
+    """The Pipeline of what the training scripts wrote into out_dir. A transformer is used with the
+    tokenizer that it was trained on, or not at all (UserError)."""
+    config = f'config/{os.path.basename(os.path.normpath(out_dir))}.py'
+    found = {}
+    for kind, name in (('mask', mask_file), ('res', 'res.pt'), ('len', 'len.pt')):
+        path = os.path.join(out_dir, name)
+        if kind != 'mask' and not os.path.exists(path):
+            continue
+        stage = '' if kind == 'mask' else f' --stage={kind}'
+        found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first')
+        if found[kind].get('kind') != kind:
+            holds = found[kind].get('kind', 'something else')
+            raise UserError(f'{path} holds {holds}, expected {kind}.')
+
+    vq_path = found['mask']['vq']
+    if not os.path.exists(vq_path):   # the folder was moved
+        vq_path = os.path.join(out_dir, 'vq.pt')
+    tokenizer = load_tokenizer(vq_path)
+    networks = dict(mask=None, res=None, len=None)
+    for kind, checkpoint in found.items():
+        if checkpoint['vq_hash'] != tokenizer.fingerprint():
+            raise UserError(
+                f'{out_dir}: {kind}.pt was trained on tokenizer {checkpoint["vq_hash"]}, but '
+                f'{vq_path} is {tokenizer.fingerprint()}: train the transformer again, or put its '
+                'tokenizer back.')
+        if kind == 'len':
+            network = LengthEstimator(n_out=checkpoint['meta']['max_frames'] // 4 + 1)
+        else:
+            make = MaskTransformer if kind == 'mask' else ResTransformer
+            network = make(ModelConfig(**checkpoint['config']))
+        load_named(network, checkpoint['model'], os.path.join(out_dir, f'{kind}.pt'))
+        networks[kind] = network
+    checkpoint = found['mask']
+    return Pipeline(tokenizer, networks['mask'], networks['res'], networks['len'],
+                    checkpoint['settings']['text_encoder'], checkpoint['meta'], device)
