@@ -47,12 +47,13 @@ def save_split(folder, split, clips, captions):
 
     with open(path, 'wb') as f:
         for name, features in clips:
+            features = np.ascontiguousarray(features, dtype='<f4')
             if not np.isfinite(features).all():
                 raise UserError(f'{name} has NaN or infinite features: leave it out of {split}.')
             dim = features.shape[1]
             if not names:
                 write_header()
-            f.write(np.ascontiguousarray(features, dtype='<f4').data)
+            f.write(features.data)
             names.append(name)
             lengths.append(len(features))
         f.seek(0)
@@ -152,11 +153,11 @@ def load_split(folder, name):
     if not os.path.exists(path):
         raise UserError(f'{folder} has no split "{name}" (it has {", ".join(meta["counts"])}); '
                         f'{again}')
+    refuse_changed(path, meta.get('files', {}).get(f'{name}_motion.npy'), again)
     features = np.load(path, mmap_mode='r')
     if features.ndim != 2 or features.shape[1] != meta['dim']:
         raise UserError(f'{path} has shape {features.shape} where meta.json says width '
                         f'{meta["dim"]}; {again}')
-    refuse_changed(path, meta.get('files', {}).get(f'{name}_motion.npy'), again)
 
     with np.load(os.path.join(folder, f'{name}_clips.npz')) as clips:
         start, length, names = clips['start'], clips['length'], clips['name']

@@ -1,6 +1,6 @@
 """The protocol of Guo et al. 2022 on generated motion, with 95% intervals:
 
-    python eval_t2m.py config/toy.py                                  # needs evaluator.pt: train_eval
+    python eval_t2m.py config/toy.py                                  # train_eval.py comes first
     python eval_t2m.py config/bandai.py --strata=True --repeats=5
     python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy  # on other data (Table 7)
     python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints

@@ -115,8 +115,8 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
 @torch.no_grad()
 def generate_residual(model, ids, c, c_valid, n, n_layers=-1, cond_scale=5.0, top_share=0.1,
                       temperature=1.0, generator=None):
-    """MoMask 3.4: base ids (B, N), n (B,) tokens each -> (B, N, 1 + n_layers), one guided pass a
-    layer, sampled; 0 behind each end. n_layers: how many of the Q - 1 residual layers; -1 is all."""
+    """MoMask 3.4: base ids (B, N), n (B,) tokens each -> (B, N, 1 + n_layers), one guided pass
+    a layer, sampled; 0 behind each end. n_layers: how many of the residual layers; -1 is all."""
     V, Q = model.config.n_codes, model.config.n_quantizers
     valid = torch.arange(ids.shape[1], device=ids.device) < n[:, None]
     c_valid2, valid2 = twice(c_valid, valid)

@@ -130,7 +130,7 @@ def evaluator(root, dataset, name='text_mot_match', glove_dir=None):
 
 
 def pipeline(root, dataset='t2m', text_encoder='clip', mask_name='', res_name='', device='cpu'):
-    """The whole release as a Pipeline. Both transformers must be of the same tokenizer (opt.txt)."""
+    """The whole release as a Pipeline. Both transformers must be of one tokenizer (opt.txt)."""
     mask_name = mask_name or only_folder(root, dataset, 't2m_')
     res_name = res_name or only_folder(root, dataset, 'tres_')
     vq_names = {read_opt(root, dataset, name)['vq_name'] for name in (mask_name, res_name)}

@@ -171,7 +171,8 @@ def load(path, hint):
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        if 'weights_only' in str(e).lower() or 'Unsupported' in str(e):
+        # operand 149 begins an ordinary pickle, which torch.save never writes
+        if 'GLOBAL' in str(e) or 'operand 149' in str(e):
             why = 'holds something other than plain tensors (code in it was not run)'
         else:
             why = 'is damaged or not a checkpoint'

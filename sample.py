@@ -1,9 +1,9 @@
 """Prompts in, motion out:
 
     python sample.py config/toy.py --prompt="a person walks forward, then kicks with the left leg"
-    python sample.py config/bandai.py --prompts=prompts.txt --repeats=3    # lines: text, text#frames
+    python sample.py config/bandai.py --prompts=prompts.txt --repeats=3   # lines: text, text#frames
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks"
-    python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001  # a clip's MSD as a picture
+    python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a clip's MSD, drawn
 
 For every motion: a GIF to look at and joints (T, J, 3) as .npy, with the prompt in the file name.
 Same seed, same motion.

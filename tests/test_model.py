@@ -1,0 +1,812 @@
+"""Tokenizer, transformers and decoding: the reference's outputs, our own invariants, and fast forms
+against plain ones.
+
+The golden arrays and checkpoints of the reference code lie in ../shared/golden; those tests skip
+where it is absent.
+"""
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fast
+import model
+import momask
+import msd
+import text
+from configurator import UserError
+from fast import dropout
+from generate import Pipeline, generate_base, generate_residual, guided, sample, twice
+from model import Attention, LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
+from runtime import load, save
+from vq import RVQVAE, VQConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(HERE, '..', '..', 'shared', 'golden')
+needs_golden = pytest.mark.skipif(
+    not os.path.isdir(GOLDEN),
+    reason='the arrays of the reference code (../shared/golden) are not here')
+each = pytest.mark.parametrize('data', ['t2m', 'kit'])
+SMALL = dict(n_codes=20, code_dim=8, n_quantizers=4, latent=24, n_layers=3, n_heads=3, ff=32)
+
+
+def golden(data, name):
+    with np.load(os.path.join(GOLDEN, data, name + '.npz')) as f:
+        return {k: torch.from_numpy(f[k]) for k in f.files}
+
+
+def root(data):
+    return os.path.join(GOLDEN, data, 'momask_checkpoints')
+
+
+def worst(a, b):
+    return float((a - b).detach().abs().max())
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def texts(B, m=1):
+    """Random condition tokens c (B, m, 512), all of them valid."""
+    return torch.randn(B, m, 512), torch.ones(B, m, dtype=torch.bool)
+
+
+def first_of(n, lengths):
+    """valid (B, n): the first lengths[i] tokens of row i."""
+    return torch.arange(n) < torch.as_tensor(lengths)[:, None]
+
+
+def small_mask(**more):
+    return MaskTransformer(ModelConfig(**{**SMALL, **more}), torch.randn(20, 8))
+
+
+def small_res():
+    return ResTransformer(ModelConfig(**SMALL))
+
+
+def small_vq(**more):
+    torch.manual_seed(0)
+    sizes = dict(dim=263, n_codes=16, code_dim=8, n_quantizers=3, width=16)
+    return RVQVAE(VQConfig(**{**sizes, **more}))
+
+
+# --------------------------------------------------------------------------------- official weights
+
+
+@needs_golden
+@each
+@torch.no_grad()
+def test_official_tokenizer(data):
+    g = golden(data, 'rvq')
+    vq = momask.tokenizer(root(data), data, 'rvq_tiny')
+    ids = vq.encode(g['motion'])
+    assert torch.equal(ids, g['ids'])
+    codes = [q.codebook[i].transpose(1, 2) for q, i in zip(vq.quantizers, ids.unbind(-1))]
+    assert worst(torch.stack(codes), g['codes']) < 1e-4
+    assert worst(vq(g['motion'])[0], g['recon']) < 1e-4
+    assert worst(vq.decode(ids), g['from_ids']) < 1e-4
+    assert worst(vq.decode(ids[..., :1]), g['from_base']) < 1e-4
+
+
+def golden_batch(g):
+    """ids, c (B, 1, 512), c_valid, valid of the reference's arrays."""
+    c = g['cond'][:, None]
+    return g['ids'], c, torch.ones(c.shape[:2], dtype=torch.bool), ~g['padding_mask']
+
+
+@needs_golden
+@each
+@torch.no_grad()
+def test_official_mask_transformer(data):
+    g = golden(data, 'mask_transformer')
+    m = momask.mask_transformer(root(data), data, 't2m_tiny')
+    ids, c, c_valid, valid = golden_batch(g)
+    assert worst(m(ids, c, c_valid, valid).mT, g['logits']) < 1e-4
+    assert worst(m(ids, c * 0, c_valid, valid).mT, g['logits_uncond']) < 1e-4
+    ids2, c_valid2, valid2 = twice(ids, c_valid, valid)
+
+    def forward(c2):
+        return m(ids2, c2, c_valid2, valid2)
+
+    assert worst(guided(forward, c, 4).mT, g['logits_cfg4']) < 1e-4
+
+
+@needs_golden
+@each
+@torch.no_grad()
+def test_official_res_transformer(data):
+    g = golden(data, 'res_transformer')
+    m = momask.res_transformer(root(data), data, 'tres_tiny')
+    ids, c, c_valid, valid = golden_batch(g)
+    ids2, c_valid2, valid2 = twice(ids, c_valid, valid)
+    for q in range(1, ids.shape[-1]):
+        assert worst(m(ids, c, c_valid, valid, q).mT, g[f'logits_q{q}']) < 1e-4
+
+        def forward(c2):
+            return m(ids2, c2, c_valid2, valid2, q)
+
+        assert worst(guided(forward, c, 5).mT, g[f'logits_cfg5_q{q}']) < 1e-4
+
+
+@needs_golden
+@each
+@torch.no_grad()
+def test_official_length_estimator(data):
+    g = golden(data, 'length_estimator')
+    estimator = momask.length_estimator(root(data), data)
+    assert worst(estimator(g['text_emb'][:, None]), g['logits']) < 1e-4
+
+
+@needs_golden
+@each
+def test_official_pipeline_generates(data):
+    pipe = momask.pipeline(root(data), data)
+    c, c_valid = texts(3)
+    n = torch.tensor([10, 4, 7])
+    ids = pipe.generate(c, c_valid, n, steps=4)
+    assert torch.equal(ids, pipe.generate(c, c_valid, n, steps=4))
+    assert ids.shape == (3, 10, 4)
+    motions = pipe.features(ids, n)
+    assert [len(m) for m in motions] == [40, 16, 28]
+    assert all(np.isfinite(m).all() for m in motions)
+    lengths = pipe.lengths(c)
+    assert (lengths >= 1).all()
+    assert (lengths <= 49).all()
+
+
+@needs_golden
+@each
+def test_official_pipeline_sees_motion_through_its_codes(data):
+    """The release holds no Gram table: MSD must get it from the tokenizer, not stay at zeros."""
+    pipe = momask.pipeline(root(data), data)
+    assert pipe.mask.G.any()
+    assert torch.equal(pipe.mask.G, msd.gram(pipe.vq.quantizers[0].codebook))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch /tmp/dynmask_test_evil',)
+
+
+@needs_golden
+def test_official_errors_in_words(tmp_path):
+    here = str(tmp_path)
+    with pytest.raises(UserError, match='missing'):
+        momask.tokenizer(root('t2m'), 't2m', 'no_such_name')
+    with pytest.raises(UserError, match='missing'):
+        momask.mask_transformer(root('t2m'), 't2m', 'no_such_name')
+    with pytest.raises(UserError, match='expected one'):
+        momask.pipeline(here, 't2m')
+
+    other = tmp_path / 't2m' / 't2m_other'
+    os.makedirs(other / 'model')
+    tokenizer = os.path.join(root('t2m'), 't2m/rvq_tiny/model/net_best_fid.tar')
+    shutil.copy(tokenizer, other / 'model' / 'latest.tar')
+    with pytest.raises(UserError, match='expected t2m_transformer'):
+        momask.mask_transformer(here, 't2m')
+    transformer = os.path.join(root('t2m'), 't2m/t2m_tiny/model/latest.tar')
+    shutil.copy(transformer, other / 'model' / 'latest.tar')
+    with pytest.raises(UserError, match='opt.txt is missing'):
+        momask.mask_transformer(here, 't2m')
+    (other / 'opt.txt').write_text('n_heads: 5\n')
+    with pytest.raises(UserError, match='no line "vq_name'):
+        momask.mask_transformer(here, 't2m')
+    (other / 'opt.txt').write_text('n_heads: 5\nvq_name: rvq_tiny\n')
+    with pytest.raises(UserError, match='5 heads do not divide its width'):
+        momask.mask_transformer(here, 't2m')
+
+
+@needs_golden
+def test_official_tensors_must_fit(tmp_path):
+    here = str(tmp_path)
+    folder = tmp_path / 't2m' / 'len' / 'model'
+    os.makedirs(folder)
+    finest = os.path.join(root('t2m'), 't2m/length_estimator/model/finest.tar')
+    checkpoint = torch.load(finest, weights_only=True)
+    checkpoint['estimator']['output.4.weight'] = torch.zeros(3, 3)
+    torch.save(checkpoint, folder / 'finest.tar')
+    complaint = r'output.4.weight is \(3, 3\), expected \(256, 512\)'
+    with pytest.raises(UserError, match=complaint):
+        momask.length_estimator(here, 't2m', 'len')
+    with open(folder / 'finest.tar', 'wb') as f:
+        pickle.dump({'estimator': Evil()}, f)
+    with pytest.raises(UserError, match='code in it was not run'):
+        momask.length_estimator(here, 't2m', 'len')
+    torch.save({'estimator': Evil()}, folder / 'finest.tar')
+    with pytest.raises(UserError, match='code in it was not run'):
+        momask.length_estimator(here, 't2m', 'len')
+    assert not os.path.exists('/tmp/dynmask_test_evil')
+
+
+# ---------------------------------------------------------------------------------------- tokenizer
+
+
+def test_vq_shapes_and_straight_through():
+    vq = small_vq()
+    x = torch.randn(2, 32, 263)
+    vq.init_codebooks(x, seeded(0))
+    y, commit, ids, seen = vq(x)
+    assert y.shape == x.shape
+    assert ids.shape == (2, 8, 3)
+    assert commit > 0
+    assert len(seen) == 3
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vq.parameters())
+    assert vq.encode(x).shape == (2, 8, 3)
+    assert vq.decode(ids).shape == x.shape
+    # quantization dropout: with one active layer the output is the base reconstruction
+    assert worst(vq(x, torch.tensor(1))[0], vq.decode(ids[..., :1])) < 1e-5
+
+
+def test_vq_ema_follows_the_data_and_dead_codes_move():
+    vq = small_vq(n_quantizers=1, code_dim=4)
+    g = seeded(0)
+    centres = torch.randn(8, 4) * 5
+    r = centres.repeat(100, 1) + 0.01 * torch.randn(800, 4)
+    quantizer = vq.quantizers[0]
+    quantizer.init(torch.full((16, 4), 100.0))   # every code is dead
+    for _ in range(300):
+        pick = r[torch.randint(800, (16,), generator=g)]
+        quantizer.update(r, quantizer.nearest(r), pick)
+    assert (torch.cdist(centres, quantizer.codebook).min(1).values < 0.05).all()
+
+
+def test_vq_zero_variance_features_do_not_blow_up():
+    std = torch.ones(263)
+    std[50:60] = 0
+    vq = RVQVAE(small_vq().config, torch.zeros(263), std)
+    x = vq.normalize(torch.zeros(2, 32, 263))
+    assert x.isfinite().all()
+    assert x.abs().max() < 10
+    assert vq.denormalize(x).abs().max() < 1e-3
+
+
+def test_vq_padding_does_not_touch_a_motion():
+    vq = small_vq()
+    vq.init_codebooks(torch.randn(4, 32, 263), seeded(0))
+    ids = torch.randint(16, (3, 10, 3))
+    n = torch.tensor([10, 4, 7])
+    out = vq.decode_padded(ids, n)
+    for row, length in enumerate(n.tolist()):
+        assert worst(out[row, :4 * length], vq.decode(ids[row:row + 1, :length])[0]) < 1e-5
+        assert (out[row, 4 * length:] == 0).all()
+
+
+# --------------------------------------------------------------------------- motion-aware attention
+
+
+def plain_attention(layer, x, valid, phi, seen, front=1):
+    """Motion-aware attention to the letter: logits, z-score, Eq 13, softmax."""
+    B, N, d = x.shape
+    heads = layer.n_heads
+    parts = layer.in_proj(x).chunk(3, -1)
+    q, k, v = (part.view(B, N, heads, d // heads).transpose(1, 2) for part in parts)
+    A = q @ k.mT / (d // heads) ** 0.5
+    w = msd.band_weights(phi.shape[-1])
+    alpha = layer.alpha
+    out = torch.zeros_like(v)
+    for b in range(B):
+        ok = valid[b][:, None] & valid[b][None]
+        S = torch.zeros(N, N)
+        s = -(w * (phi[b][:, None] - phi[b][None]).square()).sum(-1)             # Eq 11
+        known = seen[b] & valid[b][front:]
+        pair = known[:, None] & known[None]
+        if pair.any():
+            values = s[pair]
+            deviation = (values.var(unbiased=False) + msd.EPS).sqrt()
+            S[front:, front:][pair] = (values - values.mean()) / deviation
+        for h in range(heads):
+            a = A[b, h][ok]
+            centred = A[b, h] - a.mean()
+            sigma = (a.var(unbiased=False) + msd.EPS).sqrt()
+            fused = (1 - alpha) * centred / sigma + alpha * S                    # Eq 13
+            if layer.fusion == 'temperature':
+                fused = fused * layer.log_temp[h].exp()
+            if layer.fusion == 'rescaled':
+                fused = (1 - alpha) * centred + alpha * sigma.detach() * S
+            weights = fused.masked_fill(~valid[b][None], -torch.inf).softmax(-1)
+            out[b, h] = weights @ v[b, h]
+    return layer.out_proj(out.transpose(1, 2).reshape(B, N, d))
+
+
+@pytest.mark.parametrize('fusion', ['zscore', 'rescaled', 'temperature'])
+@pytest.mark.parametrize('seed', range(5))
+@torch.no_grad()
+def test_motion_aware_attention_equals_plain(fusion, seed, monkeypatch):
+    torch.manual_seed(seed)
+    config = ModelConfig(**SMALL, fusion=fusion, dropout=0.0, window=6)
+    layer = Attention(config, 1)
+    if fusion == 'temperature':
+        layer.log_temp.normal_()
+    B, n = 4, 21
+    valid = first_of(n, torch.randint(2, n + 1, (B,)))
+    ids = torch.where(torch.rand(B, n) < 0.3, 20, torch.randint(20, (B, n)))
+    phi, seen = msd.descriptor(ids, msd.gram(torch.randn(20, 8)), (ids < 20) & valid, 6)
+    x = torch.randn(B, n + 1, 24) * 3
+    full = F.pad(valid, (1, 0), value=True)
+    pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
+    expected = plain_attention(layer, x, full, phi, seen)
+    for short in (True, False):   # logits formed, and dimensions appended for the fused kernel
+
+        def forms_logits(x):
+            return short
+
+        monkeypatch.setattr(fast, 'forms_logits', forms_logits)
+        monkeypatch.setattr(model, 'forms_logits', forms_logits)
+        prior = fast.spread_prior(*msd.prior_qk(phi, seen & valid), full, x, head=8)
+        assert prior[0].shape[-1] == (n + 1 if short else 8)   # z(S), or W + 2 dimensions
+        assert worst(layer(x, full, pad, prior)[full], expected[full]) < 1e-5
+
+
+def losses_of_six_steps(fusion):
+    torch.manual_seed(4)
+    m = small_mask(fusion=fusion, dropout=0.0, alpha0=0.5).train()
+    optimizer = torch.optim.AdamW(m.parameters(), 1e-3)
+    losses = []
+    for _ in range(6):
+        ids = torch.randint(20, (6, 15))
+        c, c_valid = texts(6)
+        valid = first_of(15, torch.randint(2, 16, (6,)))
+        masked, chosen = m.mask_tokens(ids, c, valid)
+        loss = m(masked, c, c_valid, valid, targets=torch.where(chosen, ids, -100))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize('fusion', ['zscore', 'rescaled'])
+def test_same_losses_as_plain_training(fusion, monkeypatch):
+    """Six training steps with the closed forms and six with the letter of Eq 13: the same losses,
+    to rounding."""
+    fast_losses = losses_of_six_steps(fusion)
+    descriptor = MaskTransformer.descriptor
+    last = {}
+
+    def remember(self, ids):
+        last['phi'], last['seen'] = descriptor(self, ids)
+        return last['phi'], last['seen']
+
+    def forward(self, x, valid, pad, prior):
+        return plain_attention(self, x, valid, last['phi'], last['seen'])
+
+    monkeypatch.setattr(MaskTransformer, 'descriptor', remember)
+    monkeypatch.setattr(Attention, 'forward', forward)
+    plain_losses = losses_of_six_steps(fusion)
+    assert np.abs(fast_losses - plain_losses).max() < 1e-4
+    assert fast_losses[0] != fast_losses[1]
+
+
+# ------------------------------------------------------------------------------------- transformers
+
+
+def test_initial_weights():
+    """Token embeddings start as standardised code vectors, or small and random as in the reference;
+    attention as in torch."""
+    torch.manual_seed(0)
+    codebook = torch.randn(20, 8) * 3 + 1
+    m = MaskTransformer(ModelConfig(**SMALL), codebook)
+    codes = m.token_emb.weight[:20]
+    distances = torch.cdist(codes, codes) * codebook.std()
+    assert worst(distances, torch.cdist(codebook, codebook)) < 0.5
+    assert abs(codes.std() - 1) < 1e-3
+    assert m.token_emb.weight[20:].abs().max() < 0.1
+    random = MaskTransformer(ModelConfig(**SMALL, token_init='random'), codebook)
+    assert random.token_emb.weight.abs().max() < 0.1
+    assert torch.equal(random.G, m.G)
+    reference = torch.nn.MultiheadAttention(24, 3)
+    for layer in m.trunk.layers:
+        ratio = layer.attn.in_proj.weight.std() / reference.in_proj_weight.std()
+        assert abs(ratio - 1) < 0.1
+        assert not layer.attn.in_proj.bias.any()
+        assert abs(layer.linear1.weight.std() / 0.02 - 1) < 0.15
+
+
+@torch.no_grad()
+def test_all_off_is_a_plain_transformer():
+    """With spectral attention off a block is nn.TransformerEncoderLayer with the same weights."""
+    torch.manual_seed(0)
+    block = small_mask(spectral_attn=False).eval().trunk.layers[0]
+    x = torch.randn(2, 9, 24)
+    valid = first_of(9, [9, 5])
+    reference = torch.nn.TransformerEncoderLayer(24, 3, 32, activation='gelu', batch_first=True)
+    weights = {}
+    for name, tensor in block.state_dict().items():
+        name = name.replace('attn.in_proj.', 'self_attn.in_proj_')
+        name = name.replace('attn.out_proj', 'self_attn.out_proj')
+        weights[name] = tensor
+    reference.load_state_dict(weights)
+    expected = reference.eval()(x, src_key_padding_mask=~valid)
+    pad = torch.zeros(2, 9).masked_fill(~valid, -torch.inf)[:, None, None]
+    assert worst(block(x, valid, pad)[valid], expected[valid]) < 1e-5
+
+
+@pytest.mark.parametrize('spectral', [False, True])
+@torch.no_grad()
+def test_padding_changes_nothing(spectral):
+    torch.manual_seed(1)
+    m = small_mask(spectral_attn=spectral, fusion='zscore').eval()
+    ids = torch.randint(21, (3, 12))
+    c, c_valid = texts(3)
+    valid = first_of(12, [12, 5, 8])
+    padded = torch.where(valid, ids, m.PAD)
+    garbage = torch.where(valid, ids, torch.randint(20, (3, 12)))
+    logits = m(padded, c, c_valid, valid)
+    repadded = torch.where(valid, garbage, m.PAD)
+    assert worst(logits[valid], m(repadded, c, c_valid, valid)[valid]) < 1e-6
+    alone = m(padded[1:2, :5], c[1:2], c_valid[1:2], valid[1:2, :5])
+    assert worst(logits[1, :5], alone[0]) < 1e-5
+    # ids behind an end need not even be [PAD]
+    assert worst(m(garbage, c, c_valid, valid)[valid], logits[valid]) < 1e-6
+
+
+@torch.no_grad()
+def test_residual_padding_changes_nothing():
+    torch.manual_seed(1)
+    r = small_res().eval()
+    c, c_valid = texts(3)
+    valid = first_of(12, [12, 5, 8])
+    ids = torch.randint(20, (3, 12, 4))
+    other = torch.where(valid[..., None], ids, torch.randint(20, (3, 12, 4)))
+    for q in (1, 2, 3):
+        logits = r(ids, c, c_valid, valid, q)
+        assert worst(logits[valid], r(other, c, c_valid, valid, q)[valid]) < 1e-6
+    assert worst(r(ids, c, c_valid, valid), r(other, c, c_valid, valid)) < 1e-6
+
+
+@pytest.mark.parametrize('short', [True, False])
+@torch.no_grad()
+def test_invalid_condition_tokens_change_nothing(short, monkeypatch):
+    torch.manual_seed(1)
+    monkeypatch.setattr(fast, 'forms_logits', lambda x: short)
+    monkeypatch.setattr(model, 'forms_logits', lambda x: short)
+    m = small_mask().eval()
+    r = small_res().eval()
+    ids = torch.randint(20, (3, 12, 4))
+    valid = first_of(12, [12, 5, 8])
+    c, c_valid = texts(3, m=3)
+    one = c[:, :1], c_valid[:, :1]
+    three = c, c_valid & torch.tensor([True, False, False])
+    base = torch.where(torch.rand(3, 12) < 0.5, m.MASK, ids[..., 0])
+    assert worst(m(base, *one, valid)[valid], m(base, *three, valid)[valid]) < 1e-5
+    assert worst(m(base, *one, valid)[valid], m(base, c, c_valid, valid)[valid]) > 1e-4
+    for q in (1, 2, 3):
+        assert worst(r(ids, *one, valid, q)[valid], r(ids, *three, valid, q)[valid]) < 1e-5
+        assert worst(r(ids, *one, valid, q)[valid], r(ids, c, c_valid, valid, q)[valid]) > 1e-4
+
+
+@torch.no_grad()
+def test_residual_layers_cycle_over_rows(monkeypatch):
+    torch.manual_seed(2)
+    r = small_res().eval()
+    ids = torch.randint(20, (7, 6, 4))
+    c, c_valid = texts(7)
+    valid = first_of(6, [6, 6, 3, 6, 1, 6, 4])
+    passed = {}
+
+    def remember(logits, targets, n_targets):
+        passed['logits'], passed['targets'] = logits, targets
+        return cross_entropy(logits, targets, n_targets)
+
+    cross_entropy = model.cross_entropy
+    monkeypatch.setattr(model, 'cross_entropy', remember)
+    for row0 in (0, 2):
+        loss = r(ids, c, c_valid, valid, None, row0)
+        for i in range(7):
+            q = 1 + (row0 + i) % 3
+            alone = r(ids[i:i + 1], c[i:i + 1], c_valid[i:i + 1], valid[i:i + 1], q)[0]
+            assert worst(passed['logits'][i], alone) < 1e-5
+            expected = torch.where(valid[i], ids[i, :, q], -100)
+            assert torch.equal(passed['targets'][i], expected)
+        expected = F.cross_entropy(passed['logits'].flatten(0, 1), passed['targets'].flatten())
+        assert worst(loss, expected) < 1e-5
+    changed = ids.clone()
+    changed[..., 2:] = 0   # layers from q on are never looked at
+    assert worst(r(ids, c, c_valid, valid, 2), r(changed, c, c_valid, valid, 2)) == 0
+
+
+@torch.no_grad()
+def test_loss_is_the_cross_entropy_of_the_logits():
+    torch.manual_seed(2)
+    m = small_mask().eval()
+    ids = torch.randint(20, (5, 9))
+    c, c_valid = texts(5)
+    valid = first_of(9, [9, 2, 5, 9, 7])
+    masked, chosen = m.mask_tokens(ids, c, valid)
+    targets = torch.where(chosen, ids, -100)
+    logits = m(masked, c, c_valid, valid)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert worst(m(masked, c, c_valid, valid, targets), expected) < 1e-5
+    # several ranks share a batch: each divides by the number of targets of all of them
+    shared = m(masked, c, c_valid, valid, targets, n_targets=2 * chosen.sum())
+    assert worst(shared, expected / 2) < 1e-5
+
+    estimator = LengthEstimator().eval()
+    lengths = torch.randint(50, (5,))
+    assert worst(estimator(c, lengths), F.cross_entropy(estimator(c), lengths)) < 1e-6
+
+
+def test_dropout_keeps_mean_and_share():
+    torch.manual_seed(0)
+    x = torch.ones(1001, 997)
+    y = dropout(x, 0.2, True)
+    assert abs((y == 0).float().mean() - 51 / 256) < 2e-3
+    assert abs(y.mean() - 1) < 2e-3
+    assert dropout(x, 0.2, False) is x
+    assert dropout(x, 0.0, True) is x
+
+
+def test_learned_embedding_feeds_msd_without_gradient():
+    m = MaskTransformer(ModelConfig(**SMALL, msd_embed='learned'))
+    ids = torch.randint(20, (2, 10))
+    phi, seen = m.descriptor(ids)
+    assert seen.all()
+    assert phi.norm(dim=-1).max() < 1.001
+    assert not phi.requires_grad
+    before = phi.clone()
+    with torch.no_grad():
+        m.token_emb.weight.normal_()
+    assert worst(before, m.descriptor(ids)[0]) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------ masking
+
+mask_by_each = pytest.mark.parametrize('mask_by', ['random', 'msd', 'velocity'])
+
+
+@mask_by_each
+def test_mask_tokens(mask_by):
+    m = small_mask()
+    g = seeded(0)
+    ids = torch.randint(20, (400, 30))
+    c, _ = texts(400)
+    valid = first_of(30, torch.randint(1, 31, (400,)))
+    out, chosen = m.mask_tokens(ids, c, valid, mask_by, generator=g)
+    assert not (chosen & ~valid).any()
+    assert (chosen.sum(1) >= 1).all()
+    assert torch.equal(out[~chosen], ids[~chosen])
+    masked = (out[chosen] == m.MASK).float().mean()
+    kept = (out[chosen] == ids[chosen]).float().mean()
+    assert abs(masked - 0.8) < 0.02
+    assert abs(kept - (0.1 + 0.1 / 20)) < 0.02
+    _, chosen = m.mask_tokens(ids, c, valid, mask_by, share=0.6, generator=g)
+    assert torch.equal(chosen.sum(1), (0.6 * valid.sum(1)).round().clamp(min=1).long())
+
+
+@mask_by_each
+@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
+def test_without_remask_exactly_K_are_hidden(mask_by, share):
+    m = small_mask()
+    ids = torch.randint(20, (50, 30))
+    c, _ = texts(50)
+    valid = first_of(30, torch.randint(1, 31, (50,)))
+    out, chosen = m.mask_tokens(ids, c, valid, mask_by, noise=0.5, remask=False, share=share,
+                                generator=seeded(0))
+    K = (share * valid.sum(1)).round().clamp(min=1).long()
+    assert torch.equal(out == m.MASK, chosen)
+    assert torch.equal(chosen.sum(1), K)
+    assert not (chosen & ~valid).any()
+    assert torch.equal(out[~chosen], ids[~chosen])
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+@pytest.fixture
+def small():
+    """mask and residual transformer, c, c_valid, n, valid of four prompts."""
+    torch.manual_seed(3)
+    n = torch.tensor([12, 1, 7, 9])
+    return small_mask().eval(), small_res().eval(), *texts(4), n, first_of(12, n)
+
+
+@pytest.mark.parametrize('das', [False, True])
+@pytest.mark.parametrize('msd_decode', ['kept', 'guess'])
+def test_generate(das, msd_decode, small):
+    m, r, c, c_valid, n, valid = small
+
+    def make(seed):
+        return generate_base(m, c, c_valid, n, das=das, msd_decode=msd_decode,
+                             generator=seeded(seed))
+
+    ids = make(0)
+    assert torch.equal(ids, make(0))
+    assert not torch.equal(ids, make(1))
+    assert (ids[valid] < 20).all()
+    assert (ids[~valid] == m.PAD).all()
+    full = generate_residual(r, ids, c, c_valid, n, generator=seeded(0))
+    assert full.shape == (4, 12, 4)
+    assert torch.equal(full[..., 0][valid], ids[valid])
+    assert (full < 20).all()
+    assert (full[~valid] == 0).all()
+    assert (generate_base(m, c, c_valid, n, steps=1, das=das)[valid] < 20).all()
+
+
+@pytest.mark.parametrize('das', [False, True])
+@pytest.mark.parametrize('given', [5, 12])
+def test_known_tokens_stay(das, given, small):
+    m, _, c, c_valid, n, valid = small
+    known = torch.randint(20, (4, 12))
+    known[:, given:] = -1   # with 12 everything is given
+    ids = generate_base(m, c, c_valid, n, known, das=das, generator=seeded(0))
+    kept = valid & (known >= 0)
+    assert torch.equal(ids[kept], known[kept])
+    assert (ids[valid] >= 0).all()
+    assert (ids[valid] < 20).all()
+    assert (ids[~valid] == m.PAD).all()
+    other = generate_base(m, c, c_valid, n, known, das=das, generator=seeded(1))
+    assert torch.equal(ids, other) == (given == 12)
+
+
+def test_known_gaps_are_filled(small):
+    m, _, c, c_valid, n, valid = small
+    known = torch.randint(20, (4, 12))
+    known[:, 1::3] = -1
+    known[0] = -1   # one row wants everything
+    ids = generate_base(m, c, c_valid, n, known, generator=seeded(0))
+    kept = valid & (known >= 0)
+    assert torch.equal(ids[kept], known[kept])
+    assert (ids[valid] < 20).all()
+    nothing_known = torch.full_like(known, -1)
+    free = generate_base(m, c, c_valid, n, nothing_known, generator=seeded(0))
+    assert torch.equal(free, generate_base(m, c, c_valid, n, generator=seeded(0)))
+
+
+def test_anneal_and_top_share(small):
+    m, _, c, c_valid, n, valid = small
+    ids = generate_base(m, c, c_valid, n, anneal=1.0, generator=seeded(0))
+    assert (ids[valid] < 20).all()
+    assert (ids[~valid] == m.PAD).all()
+
+    def greedy(seed):   # one code of 20 can be drawn: nothing is left to chance
+        return generate_base(m, c, c_valid, n, das=False, top_share=0.05, generator=seeded(seed))
+
+    assert torch.equal(greedy(0), greedy(1))
+
+
+def test_width_is_only_padding(small):
+    m, _, c, c_valid, n, valid = small
+    narrow = generate_base(m, c, c_valid, n, das=False, top_share=0.05)
+    wide = generate_base(m, c, c_valid, n, das=False, top_share=0.05, width=20)
+    assert wide.shape == (4, 20)
+    assert torch.equal(wide[:, :12], narrow)
+    assert (wide[:, 12:] == m.PAD).all()
+
+
+def test_number_of_residual_layers(small):
+    m, r, c, c_valid, n, valid = small
+    meta = dict(max_frames=48)
+    pipe = Pipeline(small_vq(n_codes=20, n_quantizers=4), m, r, None, 'hash', meta)
+    base_only = Pipeline(pipe.vq, m, None, None, 'hash', meta).generate(c, c_valid, n)
+    full = pipe.generate(c, c_valid, n)
+    assert full.shape == (4, 12, 4)
+    assert base_only.shape == (4, 12, 1)
+    for res_layers in (0, 1, 3):
+        ids = pipe.generate(c, c_valid, n, res_layers=res_layers)
+        assert torch.equal(ids, full[..., :1 + res_layers])
+        assert [len(motion) for motion in pipe.features(ids, n)] == [48, 4, 28, 36]
+    assert torch.equal(base_only[valid], full[valid][:, :1])
+    with pytest.raises(UserError, match='no length estimator'):
+        pipe.lengths(c)
+
+
+def test_one_graph_for_all_steps_and_lengths():
+    """Hot paths compile without graph breaks, and a new length within one padded width is no new
+    graph."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    m = small_mask().train()
+    r = small_res().train()
+    compiled = [torch.compile(x, backend=count, fullgraph=True) for x in (m, r, small_vq())]
+    for length in (12, 5, 9):
+        valid = first_of(12, [length, 12, 3])
+        ids = torch.randint(20, (3, 12, 4))
+        c, c_valid = texts(3)
+        compiled[0](ids[..., 0], c, c_valid, valid, ids[..., 0]).backward()
+        compiled[1](ids, c, c_valid, valid).backward()
+        compiled[2](torch.randn(2, 32, 263), torch.tensor(1 + length % 3))
+    assert len(graphs) == 3
+
+    m.eval()
+    c, c_valid = texts(2)
+    # generate_base itself stays eager; the forward that it calls compiles
+    generate_base(m, c, c_valid, torch.tensor([4, 9]), width=12)
+    step = torch.compile(m, backend=count, fullgraph=True)
+    before = len(graphs)
+    with torch.no_grad():
+        for length in (4, 7, 12):
+            valid = first_of(12, [length, length])
+            ids = torch.where(valid, m.MASK, m.PAD)
+            step(ids, c, c_valid, valid, described=m.descriptor(ids))
+    assert len(graphs) == before + 1
+
+
+def test_sample_draws_the_softmax_of_the_top_tenth():
+    g = seeded(0)
+    x = torch.randn(512).mul(2)
+    ids = sample(x.expand(40000, 1, 512), 0.1, 0.7, g)
+    top, code = x.topk(52)
+    assert set(ids.unique().tolist()) <= set(code.tolist())
+    share = torch.bincount(ids[:, 0], minlength=512)[code] / 40000
+    assert worst(share, (top / 0.7).softmax(0)) < 0.01
+
+
+# -------------------------------------------------------------------------------------- text, files
+
+
+def test_hashed_text_is_stable_and_knows_order():
+    captions = ['a person walks then kicks', 'a person kicks then walks',
+                'A person walks, then kicks.']
+    c, c_valid = text.condition(captions, 'hash')
+    assert c.shape == (3, 1, 512)
+    assert c_valid.shape == (3, 1)
+    assert c_valid.all()
+    a, b, again = c[:, 0]
+    assert torch.equal(a, again)
+    assert worst(a, b) > 0.1
+    assert abs(a.norm() - 512 ** 0.5) < 1e-3
+    alone, _ = text.condition(captions[:1], 'hash')
+    assert torch.equal(alone[0, 0], a)
+
+
+def test_clip_tower_and_its_cache(tmp_path):
+    """The real open_clip path, with a randomly initialised tower: nothing is downloaded."""
+    open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
+    torch.manual_seed(0)
+    tower = text.clip_tower(pretrained=None)
+    calls = []
+
+    def make_tower(device):
+        def encode(captions):
+            calls.append(len(captions))
+            return tower(captions)
+        return encode
+
+    def encode(captions):
+        c, c_valid = text.condition(captions, 'clip', str(tmp_path), tower=make_tower)
+        assert c_valid.shape == c.shape[:2]
+        assert c_valid.all()
+        return c
+
+    x = encode(['a person walks', 'a person runs', 'a person walks'])
+    assert x.shape == (3, 1, 512)
+    assert torch.equal(x[0], x[2])
+    assert worst(x[0], x[1]) > 1e-3
+    assert abs(x[0].norm() - 1) > 1e-2   # un-normalised, as MoMask uses it
+    y = encode(['a person walks', 'a person jumps'])
+    assert torch.equal(x[0], y[0])
+    assert calls == [2, 1]               # only the new caption was encoded
+
+    torch.manual_seed(0)
+    whole = open_clip.create_model('ViT-B-32-quickgelu', pretrained=None).eval()
+    long = 'a person, having run for a while, sits down on the floor and ' + 'waits and ' * 60
+    captions = ['a person walks', long, '']
+    ids = open_clip.get_tokenizer('ViT-B-32-quickgelu')(captions)
+    with torch.no_grad():
+        for some in (slice(0, 1), slice(0, 3)):   # cut at the longest caption, it says the same
+            assert worst(tower(captions[some]), whole.encode_text(ids[some])) < 1e-4
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    path = str(tmp_path / 'a.pt')
+    save({'x': torch.ones(2)}, path)
+    assert load(path, '')['x'].sum() == 2
+    assert os.listdir(tmp_path) == ['a.pt']
+    with open(path, 'r+b') as f:
+        f.truncate(100)
+    with pytest.raises(UserError, match='damaged'):
+        load(path, '')
+    with pytest.raises(UserError, match='run this first'):
+        load(str(tmp_path / 'b.pt'), 'run this first')

@@ -1,0 +1,427 @@
+"""The scripts as a user runs them: a tiny data set goes through every stage, mistakes are one
+sentence, two processes equal one.
+
+Everything happens in a copy of the project's files, so that nobody's data/ or out/ is touched. It
+is made and trained once; a test reads out/tiny and writes into a folder of its own.
+"""
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from data import save_meta, save_split
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROJECT = os.path.dirname(HERE)
+GOLDEN = os.path.join(PROJECT, '..', 'shared', 'golden', 't2m', 'momask_checkpoints')
+TINY = '''
+data = 'tiny'
+text_encoder = 'hash'
+vq_width = 16
+code_dim = 16
+n_codes = 32
+n_quantizers = 3
+window_frames = 32
+vq_iters = 12
+vq_batch = 16
+vq_warmup = 2
+vq_lr = 1e-3
+vq_eval_every = 6
+latent = 24
+n_layers = 2
+n_heads = 2
+ff = 32
+batch_size = 8
+lr = 1e-3
+warmup = 2
+mask_iters = 12
+res_iters = 6
+len_iters = 6
+eval_every = 6
+log_every = 1
+dropout = 0.0
+dtype = 'float32'
+ev_ae_steps = 2
+ev_steps = 4
+ev_batch = 8
+ev_eval_every = 4
+'''
+CONFIG = 'config/tiny.py'
+
+
+def run(folder, *command, ok=True, ranks=1):
+    """Run a script in `folder`; returns stdout + stderr. ok=False: it must end with exit code 2 and
+    one sentence, no traceback."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    p = subprocess.run([*launcher, *command], cwd=folder, capture_output=True, text=True, env=env,
+                       timeout=300)
+    out = p.stdout + p.stderr
+    if ok:
+        assert p.returncode == 0, out
+    else:
+        assert p.returncode == 2 and 'Traceback' not in out, out
+        assert len(p.stderr.strip().splitlines()) == 1, p.stderr
+    return out
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def write_data(folder):
+    """A data set of random smooth features."""
+    os.makedirs(folder)
+    rng = np.random.default_rng(0)
+    counts = {}
+    for split, n in (('train', 40), ('val', 8), ('test', 40)):
+        clips = []
+        captions = []
+        for i in range(n):
+            steps = 0.05 * rng.standard_normal((int(rng.integers(40, 80)), 263))
+            clips.append((f'clip{i}', np.cumsum(steps, 0).astype(np.float32)))
+            tokens = f'a/DET person/NOUN walk/VERB {i % 5}/NUM steps/NOUN'
+            captions.append(dict(clip=i, text=f'a person walks {i % 5} steps', tokens=tokens))
+        counts[split] = save_split(folder, split, clips, captions)
+    meta = dict(name='tiny', skeleton='smpl22', fps=20, dim=263, n_joints=22, unit_length=4,
+                min_frames=40, max_frames=80, contact_threshold=0.002, units_per_metre=1,
+                counts=counts)
+    save_meta(folder, meta, np.zeros(263), np.ones(263))
+
+
+def build(folder):
+    """The project's files, the data, and all that training makes of it; <stage>.log holds what the
+    user saw."""
+    os.makedirs(folder / 'config')
+    for path in glob.glob(os.path.join(PROJECT, '*.py')):
+        shutil.copy(path, folder)
+    for path in glob.glob(os.path.join(PROJECT, 'config', '*.json')):
+        shutil.copy(path, folder / 'config')
+    (folder / CONFIG).write_text(TINY)
+    write_data(str(folder / 'data' / 'tiny'))
+
+    def train(stage):
+        command = ['train_mask.py', CONFIG, f'--stage={stage}']
+        if stage in ('vq', 'eval'):
+            command = [f'train_{stage}.py', CONFIG]
+        (folder / f'{stage}.log').write_text(run(folder, *command))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, ('vq', 'eval')))
+        list(pool.map(train, ('mask', 'res', 'len')))
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """The built folder, one for all workers of pytest-xdist: whoever comes first builds it."""
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        root = root.parent
+    folder = root / 'scripts'
+    ready = root / 'scripts_ready'
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        while not ready.exists():
+            time.sleep(0.1)
+        return folder
+    try:
+        build(folder)
+    finally:
+        ready.touch()   # also after a failure: nobody shall wait for ever
+    return folder
+
+
+def out_dir(folder, name, *files):
+    """A new folder out/<name> with copies of files of out/tiny -> 'out/<name>'."""
+    os.makedirs(folder / 'out' / name)
+    for file in files:
+        shutil.copy(folder / 'out' / 'tiny' / file, folder / 'out' / name)
+    return f'out/{name}'
+
+
+def motions(folder, samples_dir):
+    return [np.load(path) for path in sorted(glob.glob(str(folder / samples_dir / '*.npy')))]
+
+
+# ------------------------------------------------------------------------------------- what it does
+
+
+def test_the_whole_chain(folder):
+    """Prompt in, motion out; the same seed gives the same motion; the length estimator answers
+    where no length is given."""
+    command = ['sample.py', CONFIG, '--prompt=a person walks 3 steps', '--length=44']
+    assert 'written to a/' in run(folder, *command, '--samples_dir=a')
+    run(folder, *command, '--samples_dir=b')
+    assert os.path.exists(folder / 'a' / '000_a-person-walks-3-steps.gif')
+    a, = motions(folder, 'a')
+    b, = motions(folder, 'b')
+    assert a.shape == (44, 22, 3) and np.array_equal(a, b)
+
+    (folder / 'prompts.txt').write_text('a person walks#40\na person walks 2 steps\n')
+    run(folder, 'sample.py', CONFIG, '--prompts=prompts.txt', '--repeats=2', '--samples_dir=c')
+    lengths = [len(motion) for motion in motions(folder, 'c')]
+    assert lengths[:2] == [40, 40] and len(lengths) == 4
+    assert all(4 <= n <= 80 for n in lengths)
+
+
+def test_what_training_says(folder):
+    """The progress line has a loss from the first step on, and no infinity before the first
+    validation."""
+    for stage in ('vq', 'mask', 'res', 'len'):
+        log = (folder / f'{stage}.log').read_text()
+        assert 'loss' in log and 'MFU' in log
+        assert 'best inf' not in log
+
+
+def test_help_lists_every_setting(folder):
+    """With its comment, as it stands in the source."""
+    out = run(folder, 'train_mask.py', '--help').splitlines()
+    with open(folder / 'train_mask.py', encoding='utf-8') as f:
+        block = f.read().split('\n# ---')[1]
+    settings = [line for line in block.splitlines() if re.match(r'(?!config)[a-z]\w* = ', line)]
+    saved = load(folder / 'out' / 'tiny' / 'mask.pt')['settings']
+    names = {line.split(' = ')[0] for line in settings}
+    assert names == {name for name in saved if not name.isupper()}
+    for line in settings:
+        assert line in out
+
+
+def test_evaluation(folder):
+    command = ['eval_t2m.py', CONFIG, '--repeats=2', '--steps=2', '--strata=True']
+    run(folder, *command, '--mm_batches=1', '--eval_json=all.json')
+    rows = json.loads((folder / 'all.json').read_text())['rows']
+    assert list(rows) == ['real motion', 'tokenizer', 'base tokens only', 'full']
+    assert rows['real motion']['FID'][0] < 1e-6 < rows['full']['FID'][0]
+    assert all(np.isfinite(value).all() for row in rows.values() for value in row.values())
+    assert rows['tokenizer']['MPJPE mm'][0] > 0
+    assert 'MModality' in rows['full'] and 'FID complex' in rows['full']
+
+    # in batches of 10 every clip comes back to its own place
+    run(folder, *command, '--mm_batches=0', '--gen_batch=10', '--eval_json=small.json')
+    small = json.loads((folder / 'small.json').read_text())['rows']
+    for row in ('real motion', 'tokenizer'):
+        for metric, value in rows[row].items():
+            assert np.allclose(small[row][metric], value, rtol=1e-3, atol=1e-6), (row, metric)
+
+
+def test_evaluation_of_a_tokenizer_alone(folder):
+    out = out_dir(folder, 'only_vq', 'vq.pt', 'evaluator.pt')
+    said = run(folder, 'eval_t2m.py', CONFIG, f'--out_dir={out}', '--repeats=1')
+    rows = json.loads((folder / out / 'eval_tiny_test.json').read_text())['rows']
+    assert list(rows) == ['real motion', 'tokenizer']
+    assert 'real motion' in said and 'tokenizer  ' in said
+    assert 'base tokens only' not in said
+
+
+@pytest.mark.skipif(not os.path.isdir(GOLDEN),
+                    reason='The reference checkpoints (../shared/golden) are not here.')
+class TestOfficialCheckpoints:
+    official = ['--init_from=momask', f'--momask_root={GOLDEN}', '--momask_text=hash']
+
+    def test_sample_as_momask_decodes(self, folder):
+        """DynMask's decoding is off for them unless one asks for it."""
+        command = ['sample.py', *self.official, '--prompt=a man kicks', '--length=40']
+        run(folder, *command, '--samples_dir=momask')
+        run(folder, *command, '--samples_dir=momask_off', '--das_sampling=False')
+        run(folder, *command, '--samples_dir=momask_on', '--das_sampling=True')
+        default, = motions(folder, 'momask')
+        off, = motions(folder, 'momask_off')
+        on, = motions(folder, 'momask_on')
+        assert glob.glob(str(folder / 'momask' / '*.gif'))
+        assert np.array_equal(default, off)
+        assert not np.array_equal(default, on)
+
+    def test_evaluate(self, folder):
+        out = run(folder, 'eval_t2m.py', '--data=tiny', *self.official, '--repeats=1', '--steps=2',
+                  '--mm_batches=0', '--out_dir=out/momask')
+        assert 'hashed words' in out and 'full' in out
+
+
+# -------------------------------------------------------------------------------- how it is trained
+
+# the learning rate depends on the planned length: a long run is stopped at its first checkpoint
+STOP = '''
+import runpy
+import sys
+
+import runtime
+
+save = runtime.save
+last, script = sys.argv[1:3]
+
+
+def save_and_stop(obj, path):
+    save(obj, path)
+    if path.endswith(last):
+        sys.exit(0)
+
+
+runtime.save = save_and_stop
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name='__main__')
+'''
+
+
+@pytest.mark.parametrize('stage', ['vq', 'mask'])
+def test_resume_continues_where_it_stopped(folder, stage):
+    """12 steps in one go, and 6 + 6: the same weights."""
+    out = out_dir(folder, f'cut_{stage}', 'vq.pt')
+    last = f'{stage}_last.pt'
+    command = [f'train_{stage}.py', CONFIG, f'--out_dir={out}']
+    (folder / f'stop_{stage}.py').write_text(STOP)
+    run(folder, f'stop_{stage}.py', last, *command)
+    assert load(folder / out / last)['it'] == 6
+    run(folder, *command, '--init_from=resume')
+    whole = load(folder / 'out' / 'tiny' / last)
+    cut = load(folder / out / last)
+    assert whole['it'] == cut['it'] == 12
+    assert all(torch.equal(whole['model'][name], cut['model'][name]) for name in whole['model'])
+
+
+@pytest.mark.parametrize('stage', ['vq', 'mask', 'res'])
+def test_two_processes_equal_one(folder, stage):
+    """torchrun with 2 gloo processes: the loss curve of one process with the same global batch, to
+    rounding."""
+    out = out_dir(folder, f'two_{stage}', 'vq.pt')
+    command = ['train_mask.py', CONFIG, f'--stage={stage}']
+    if stage == 'vq':
+        command = ['train_vq.py', CONFIG]
+    run(folder, *command, f'--out_dir={out}', ranks=2)
+    one = load(folder / 'out' / 'tiny' / f'{stage}_last.pt')['history']
+    two = load(folder / out / f'{stage}_last.pt')['history']
+    assert len(one) == len(two) >= 6
+    assert np.allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-3, atol=0)
+    assert not glob.glob(str(folder / out / '.*.tmp'))
+
+
+RANKS = '''
+import os
+
+import torch
+import torch.distributed as dist
+
+from runtime import gather
+from vq import RVQVAE, VQConfig
+
+rank = int(os.environ.get('RANK', 0))
+world = int(os.environ.get('WORLD_SIZE', 1))
+if world > 1:
+    dist.init_process_group('gloo')
+torch.manual_seed(0)
+vq = RVQVAE(VQConfig(dim=263, n_codes=32, code_dim=8, n_quantizers=3, width=8))
+g = torch.Generator().manual_seed(0)
+data = torch.randn(8, 32, 263) * torch.arange(1, 9)[:, None, None]
+mine = data.view(world, -1, 32, 263)[rank]
+vq.init_codebooks(mine, g)
+for step in range(20):
+    with torch.no_grad():
+        _, _, ids, seen = vq(mine)
+    vq.update_codebooks(ids, seen, 1 + step % 3, g)
+books = torch.stack([q.codebook for q in vq.quantizers])
+if world > 1:
+    everyone = gather(books[None])
+    assert torch.equal(everyone[0], everyone[1]), 'the ranks differ'
+if rank == 0:
+    torch.save(books, f'books{world}.pt')
+if world > 1:
+    dist.barrier()   # a rank that leaves early aborts the other's teardown
+    dist.destroy_process_group()
+'''
+
+
+def test_codebooks_are_identical_on_all_ranks(folder):
+    """EMA and resets: after 20 steps every rank holds the same bits, those of one process."""
+    (folder / 'ranks.py').write_text(RANKS)
+    run(folder, 'ranks.py')
+    run(folder, 'ranks.py', ranks=2)
+    one, two = (load(folder / f'books{world}.pt') for world in (1, 2))
+    assert float((one - two).abs().max()) < 1e-4
+
+
+def test_validation_never_sees_the_clean_msd(folder):
+    """What attention reads while training changes the training loss and not the validation, as long
+    as the weights are the same: here those of the start, because nothing is learned."""
+    histories = []
+    validations = []
+    for source in ('visible', 'clean'):
+        out = out_dir(folder, f'msd_{source}', 'vq.pt')
+        said = run(folder, 'train_mask.py', CONFIG, f'--out_dir={out}', f'--msd_attn={source}',
+                   '--mask_iters=1', '--lr=0.0')
+        histories.append(load(folder / out / 'mask_last.pt')['history'])
+        saved = load(folder / out / 'mask.pt')['val']
+        validations.append(saved)
+        assert f'step 1: val cross-entropy 30% {saved["30%"]:.3f}, 60%' in said
+    assert validations[0] == validations[1]
+    assert histories[0] != histories[1]
+
+
+# ----------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_one_sentence(folder):
+    (folder / 'config' / 'typo.py').write_text('n_layer = 3\n')
+    (folder / 'config' / 'bad.py').write_text('n_layers = = 3\n')
+    train = ['train_mask.py', CONFIG]
+    sample = ['sample.py', CONFIG]
+    golden = ['--init_from=momask', '--momask_root=no_such', '--momask_mask=x', '--momask_res=x']
+    mistakes = {
+        'is not a setting of train_mask.py; close: alpha0, alpha_schedule': [*train, '--alpha=0'],
+        'expected int': [*train, '--batch_size=many'],
+        "fusion is 'sharp', expected rescaled, zscore": [*train, '--fusion=sharp'],
+        "init_from is 'resum', expected scratch, resume": [
+            'train_vq.py', CONFIG, '--init_from=resum'],
+        'config/none.py does not exist': ['train_vq.py', 'config/none.py'],
+        'n_layer, which no script here knows': ['train_mask.py', 'config/typo.py'],
+        'is not a config file': ['train_mask.py', 'config/bad.py'],
+        'run `python prepare_data.py toy` first': ['train_vq.py', '--data=toy'],
+        'out/empty/vq.pt is missing': [*train, '--out_dir=out/empty'],
+        'run `python train_mask.py config/none.py` first': [
+            *sample, '--out_dir=out/none', '--prompt=x'],
+        'The prompt is empty': [*sample, '--prompt=  '],
+        'is 3 frames, expected 4 to 80': [*sample, '--prompt=a person', '--length=3'],
+        'is 84 frames, expected 4 to 80': [*sample, '--prompt=a person', '--length=84'],
+        'none.txt does not exist': [*sample, '--prompts=none.txt'],
+        'no_such/t2m/x/opt.txt is missing': ['sample.py', *golden, '--prompt=a'],
+    }
+    for words, command in mistakes.items():
+        assert words in run(folder, *command, ok=False)
+
+
+def test_a_transformer_refuses_another_tokenizer(folder):
+    out = out_dir(folder, 'other', 'vq.pt', 'mask.pt', 'mask_last.pt')
+    other = folder / out
+    sample = ['sample.py', CONFIG, f'--out_dir={out}', '--prompt=a']
+    train = ['train_mask.py', CONFIG, '--init_from=resume']
+    for name in ('mask.pt', 'mask_last.pt'):
+        torch.save({**load(other / name), 'vq_hash': 'ffff'}, other / name)
+    assert 'was trained on tokenizer ffff' in run(folder, *sample, ok=False)
+    assert 'another tokenizer' in run(folder, *train, f'--out_dir={out}', ok=False)
+    assert 'another config' in run(folder, *train, '--n_layers=3', ok=False)
+    shutil.copy(other / 'vq.pt', other / 'mask.pt')
+    assert 'holds vq, expected mask' in run(folder, *sample, ok=False)
+
+
+def test_features_that_are_not_those_prepared(folder):
+    """A file of another width, and one in which a number was changed afterwards."""
+    bad = folder / 'data' / 'bad'
+    shutil.copytree(folder / 'data' / 'tiny', bad)
+    features = np.load(bad / 'train_motion.npy')
+    np.save(bad / 'train_motion.npy', features[:, :100])
+    out = run(folder, 'train_vq.py', CONFIG, '--data=bad', ok=False)
+    assert ', 100) where meta.json says width 263' in out
+    features[5, 7] = np.nan
+    np.save(bad / 'train_motion.npy', features)
+    out = run(folder, 'train_vq.py', CONFIG, '--data=bad', ok=False)
+    assert 'is not the file that prepare_data.py wrote' in out
