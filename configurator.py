@@ -105,7 +105,7 @@ def print_help(g):
     lines = settings.splitlines()[1:]
     print(g['__doc__'])
     print('Settings, to be given as --key=value:\n')
-    print('\n'.join(line for line in lines if not line.startswith(('config =', '    '))))
+    print('\n'.join(line for line in lines if not line.startswith(('config', '    '))))
 
 
 def configure(g, argv=None, **options):
@@ -115,7 +115,8 @@ def configure(g, argv=None, **options):
     install_error_hook()
     defaults = {}
     for key, value in g.items():
-        if not key.startswith('_') and isinstance(value, (int, float, str)):
+        is_setting = not key.startswith('_') and not key.isupper()   # FRAMES_PER_TOKEN is none
+        if is_setting and isinstance(value, (int, float, str)):
             defaults[key] = value
 
     for arg in sys.argv[1:] if argv is None else argv:
