@@ -370,33 +370,36 @@ def test_validation_never_sees_the_clean_msd(folder):
 # ----------------------------------------------------------------------------------------- mistakes
 
 
-def test_mistakes_are_one_sentence(folder):
+TRAIN = ['train_mask.py', CONFIG]
+SAMPLE = ['sample.py', CONFIG]
+NO_GOLDEN = ['--init_from=momask', '--momask_root=no_such', '--momask_mask=x', '--momask_res=x']
+MISTAKES = {
+    'is not a setting of train_mask.py; close: alpha0, alpha_schedule': [*TRAIN, '--alpha=0'],
+    '--FRAMES_PER_TOKEN is not a setting': [*TRAIN, '--FRAMES_PER_TOKEN=5'],
+    'expected int': [*TRAIN, '--batch_size=many'],
+    "fusion is 'sharp', expected rescaled, zscore": [*TRAIN, '--fusion=sharp'],
+    "init_from is 'resum', expected scratch, resume": [
+        'train_vq.py', CONFIG, '--init_from=resum'],
+    'config/none.py does not exist': ['train_vq.py', 'config/none.py'],
+    'n_layer, which no script here knows': ['train_mask.py', 'config/typo.py'],
+    'is not a config file': ['train_mask.py', 'config/bad.py'],
+    'run `python prepare_data.py toy` first': ['train_vq.py', '--data=toy'],
+    'out/empty/vq.pt is missing': [*TRAIN, '--out_dir=out/empty'],
+    'run `python train_mask.py config/none.py` first': [
+        *SAMPLE, '--out_dir=out/none', '--prompt=x'],
+    'The prompt is empty': [*SAMPLE, '--prompt=  '],
+    'is 3 frames, expected 4 to 80': [*SAMPLE, '--prompt=a person', '--length=3'],
+    'is 84 frames, expected 4 to 80': [*SAMPLE, '--prompt=a person', '--length=84'],
+    'none.txt does not exist': [*SAMPLE, '--prompts=none.txt'],
+    'no_such/t2m/x/opt.txt is missing': ['sample.py', *NO_GOLDEN, '--prompt=a'],
+}
+
+
+@pytest.mark.parametrize('words', MISTAKES)
+def test_mistakes_are_one_sentence(folder, words):
     (folder / 'config' / 'typo.py').write_text('n_layer = 3\n')
     (folder / 'config' / 'bad.py').write_text('n_layers = = 3\n')
-    train = ['train_mask.py', CONFIG]
-    sample = ['sample.py', CONFIG]
-    golden = ['--init_from=momask', '--momask_root=no_such', '--momask_mask=x', '--momask_res=x']
-    mistakes = {
-        'is not a setting of train_mask.py; close: alpha0, alpha_schedule': [*train, '--alpha=0'],
-        'expected int': [*train, '--batch_size=many'],
-        "fusion is 'sharp', expected rescaled, zscore": [*train, '--fusion=sharp'],
-        "init_from is 'resum', expected scratch, resume": [
-            'train_vq.py', CONFIG, '--init_from=resum'],
-        'config/none.py does not exist': ['train_vq.py', 'config/none.py'],
-        'n_layer, which no script here knows': ['train_mask.py', 'config/typo.py'],
-        'is not a config file': ['train_mask.py', 'config/bad.py'],
-        'run `python prepare_data.py toy` first': ['train_vq.py', '--data=toy'],
-        'out/empty/vq.pt is missing': [*train, '--out_dir=out/empty'],
-        'run `python train_mask.py config/none.py` first': [
-            *sample, '--out_dir=out/none', '--prompt=x'],
-        'The prompt is empty': [*sample, '--prompt=  '],
-        'is 3 frames, expected 4 to 80': [*sample, '--prompt=a person', '--length=3'],
-        'is 84 frames, expected 4 to 80': [*sample, '--prompt=a person', '--length=84'],
-        'none.txt does not exist': [*sample, '--prompts=none.txt'],
-        'no_such/t2m/x/opt.txt is missing': ['sample.py', *golden, '--prompt=a'],
-    }
-    for words, command in mistakes.items():
-        assert words in run(folder, *command, ok=False)
+    assert words in run(folder, *MISTAKES[words], ok=False)
 
 
 def test_a_transformer_refuses_another_tokenizer(folder):
