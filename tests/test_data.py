@@ -435,8 +435,16 @@ def test_a_changed_file_is_refused(tmp_path):
         with pytest.raises(UserError, match='train_motion.npy is not the file that .* tiny` again'):
             load_split(tmp_path, 'train')
         np.save(path, features[:80])   # another size
-    np.save(path, features[:, :251])
-    with pytest.raises(UserError, match='width 263'):
+    np.save(path, features[:, :251])   # another width
+    with pytest.raises(UserError, match='is not the file'):
+        load_split(tmp_path, 'train')
+
+
+def test_the_width_must_be_that_of_meta(tmp_path):
+    packed(tmp_path)
+    meta = load_meta(tmp_path)[0]
+    (tmp_path / 'meta.json').write_text(json.dumps({**meta, 'dim': 251}))
+    with pytest.raises(UserError, match=r'has shape \(\d+, 263\) where meta.json says width 251'):
         load_split(tmp_path, 'train')
 
 
