@@ -177,6 +177,9 @@ class Pipeline:
         ids = generate_base(self.mask, c, c_valid, n, width=width, generator=g, **decoding)
         if self.res is None:
             return ids.clamp(max=self.mask.MASK - 1)[..., None]
+        available = self.res.config.n_quantizers - 1
+        if res_layers > available:
+            raise UserError(f'res_layers is {res_layers}, this model has {available}; -1 is all.')
         return generate_residual(self.res, ids, c, c_valid, n, res_layers, res_scale,
                                  temperature=res_temperature, generator=g)
 
