@@ -1,8 +1,9 @@
-"""The protocol of Guo et al. 2022 on generated motion, with 95% intervals:
+r"""The protocol of Guo et al. 2022 on generated motion, with 95% intervals:
 
     python eval_t2m.py config/toy.py                                  # train_eval.py comes first
     python eval_t2m.py config/bandai.py --strata=True --repeats=5
-    python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy  # on other data (Table 7)
+    python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy \
+        --evaluator=out/bandai/evaluator.pt                           # on other data (Table 7)
     python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints
 
 One repeat: shuffle the test clips, one caption each, drop the last partial batch of 32; embed;
@@ -76,11 +77,14 @@ config = configure(
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
+if not (0 < top_share <= 1 and 0 <= anneal <= 1):
+    raise UserError(f'top_share is {top_share}, anneal {anneal}: expected shares of 1, top_share '
+                    'above 0.')
 if min(steps, repeats) < 1 or temperature <= 0 or res_temperature <= 0:
     raise UserError(f'steps is {steps}, repeats {repeats}, temperature {temperature}, '
                     f'res_temperature {res_temperature}: expected at least 1, 1, and above 0.')
 if init_from == 'momask' and 'das_sampling' not in given:
-    das_sampling = False
+    das_sampling = config['das_sampling'] = False
 run = setup(device, dtype, seed)
 keep_memory()
 gen_batch = gen_batch or (64 if run.device == 'cpu' else 256)
@@ -97,7 +101,8 @@ vq_path = os.path.join(out_dir, 'vq.pt')
 if init_from == 'momask':
     pipe = momask.pipeline(momask_root, momask_data, momask_text, momask_mask, momask_res,
                            run.device)
-elif not os.path.exists(os.path.join(out_dir, mask_file)) and os.path.exists(vq_path):
+elif ('mask_file' not in given and os.path.exists(vq_path)
+        and not os.path.exists(os.path.join(out_dir, mask_file))):
     print(f'{out_dir} has no {mask_file}: judging its tokenizer alone.')
     pipe = Pipeline(load_tokenizer(vq_path), None, None, None, 'hash', meta, run.device)
 else:
@@ -190,7 +195,9 @@ def look(joints, caption):
     joints = joints / meta['units_per_metre']
     feet = joints[:, list(skeleton.feet)]
     step = np.diff(feet, axis=0)                                          # (T - 1, 4, 3)
-    slow = (step ** 2).sum(-1) * meta['units_per_metre'] ** 2 < meta['contact_threshold']
+    # KIT's contact threshold, 0.2 mm a frame, would leave nothing to slide: take HumanML3D's
+    threshold = meta['contact_threshold'] if meta['units_per_metre'] == 1 else 0.002
+    slow = (step ** 2).sum(-1) < threshold
     stands = slow & (feet[:-1, :, 1] < standing_height)
     slide = np.linalg.norm(step[..., [0, 2]], axis=-1)[stands]
     accel = np.linalg.norm(np.diff(joints, 2, axis=0), axis=-1).mean() * meta['fps'] ** 2

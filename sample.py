@@ -68,6 +68,9 @@ configure(
     dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
+if not (0 < top_share <= 1 and 0 <= anneal <= 1):
+    raise UserError(f'top_share is {top_share}, anneal {anneal}: expected shares of 1, top_share '
+                    'above 0.')
 if min(steps, repeats) < 1 or temperature <= 0 or res_temperature <= 0:
     raise UserError(f'steps is {steps}, repeats {repeats}, temperature {temperature}, '
                     f'res_temperature {res_temperature}: expected at least 1, 1, and above 0.')
