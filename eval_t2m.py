@@ -27,7 +27,7 @@ from detect import passes
 from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
                        r_precision)
 from fast import keep_memory
-from generate import Pipeline, load_pipeline
+from generate import Pipeline, check_decoding, load_pipeline
 from motion import SKELETONS, features_to_joints
 from runtime import atomic_write, setup
 from vq import load_tokenizer
@@ -77,12 +77,9 @@ config = configure(
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
-if not (0 < top_share <= 1 and 0 <= anneal <= 1):
-    raise UserError(f'top_share is {top_share}, anneal {anneal}: expected shares of 1, top_share '
-                    'above 0.')
-if min(steps, repeats) < 1 or temperature <= 0 or res_temperature <= 0:
-    raise UserError(f'steps is {steps}, repeats {repeats}, temperature {temperature}, '
-                    f'res_temperature {res_temperature}: expected at least 1, 1, and above 0.')
+check_decoding(steps, top_share, temperature, anneal, res_temperature)
+if repeats < 1:
+    raise UserError(f'repeats is {repeats}, expected at least 1.')
 if init_from == 'momask' and 'das_sampling' not in given:
     das_sampling = config['das_sampling'] = False
 run = setup(device, dtype, seed)

@@ -47,6 +47,16 @@ def twice(*tensors):
 # -------------------------------------------------------------------------------------- base tokens
 
 
+def check_decoding(steps, top_share, temperature, anneal, res_temperature):
+    """UserError for settings that no decoding can be done with."""
+    if steps < 1 or temperature <= 0 or res_temperature <= 0:
+        raise UserError(f'steps is {steps}, temperature {temperature}, res_temperature '
+                        f'{res_temperature}: expected at least 1, and above 0.')
+    if not (0 < top_share <= 1 and 0 <= anneal <= 1):
+        raise UserError(f'top_share is {top_share}, anneal {anneal}: expected shares of 1, '
+                        'top_share above 0.')
+
+
 @torch.no_grad()
 def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
                   temperature=1.0, anneal=0.0, das=True, lambda_D=0.5, beta=0.5, sigma_max=0.5,

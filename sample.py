@@ -23,7 +23,7 @@ from configurator import UserError, configure, given
 from data import FRAMES_PER_TOKEN, load_meta, load_split
 from draw import draw_gif, draw_grid, draw_msd
 from fast import keep_memory
-from generate import load_pipeline
+from generate import check_decoding, load_pipeline
 from motion import features_to_joints
 from runtime import setup
 from vq import load_tokenizer
@@ -68,12 +68,9 @@ configure(
     dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
-if not (0 < top_share <= 1 and 0 <= anneal <= 1):
-    raise UserError(f'top_share is {top_share}, anneal {anneal}: expected shares of 1, top_share '
-                    'above 0.')
-if min(steps, repeats) < 1 or temperature <= 0 or res_temperature <= 0:
-    raise UserError(f'steps is {steps}, repeats {repeats}, temperature {temperature}, '
-                    f'res_temperature {res_temperature}: expected at least 1, 1, and above 0.')
+check_decoding(steps, top_share, temperature, anneal, res_temperature)
+if repeats < 1:
+    raise UserError(f'repeats is {repeats}, expected at least 1.')
 if init_from == 'momask' and 'das_sampling' not in given:
     das_sampling = False
 

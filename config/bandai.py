@@ -1,6 +1,7 @@
-# Bandai-Namco Research motion capture, 2,900 clips: sizes for a laptop. python prepare_data.py bandai --src=... first.
+# Bandai-Namco Research motion capture, 2,900 clips: sizes for a laptop.
+# First: python prepare_data.py bandai --src=...
 data = 'bandai'
-text_encoder = 'hash'        # 26 contents x 22 styles in a few phrasings: hashed words are enough, nothing to download
+text_encoder = 'hash'        # 26 contents x 22 styles: hashed words are enough
 # tokenizer
 vq_width = 256
 code_dim = 256

@@ -1,4 +1,5 @@
-# KIT-ML (251 features, 12.5 fps) at MoMask's sizes and schedule. python prepare_data.py kit --src=KIT-ML first.
+# KIT-ML (251 features, 12.5 fps) at MoMask's sizes and schedule.
+# First: python prepare_data.py kit --src=KIT-ML
 data = 'kit'
 text_encoder = 'clip'
 vq_iters = 50000

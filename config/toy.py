@@ -1,4 +1,4 @@
-# The toy set: procedural motion, nothing to download, everything trained in ten minutes on two CPU cores (make demo).
+# The toy set: procedural motion, nothing to download, trained in minutes on two cores (make demo).
 data = 'toy'
 text_encoder = 'hash'
 # tokenizer
