@@ -270,14 +270,15 @@ def tokenize(tokenizer, split, path, device='cpu'):
 class Tokens:
     """A split for the transformers, on the device: token ids of all clips, text of all captions."""
 
-    def __init__(self, split, ids, c, c_valid, device):
-        """ids (4, total, Q) from `tokenize`; c (captions, m, 512), c_valid (captions, m)."""
+    def __init__(self, split, ids, vectors, index, device):
+        """ids (4, total, Q) from `tokenize`; vectors (U, 512) and index (captions, m) from
+        `text.encode`."""
         def put(x):
             return torch.as_tensor(x).to(device)
 
         self.ids = put(ids)
-        self.c = put(c)
-        self.c_valid = put(c_valid)
+        self.vectors = put(vectors)
+        self.index = put(index)
         self.length = put(split.length)
         self.first_caption = put(split.first_caption)
         self.n_captions = put(split.n_captions)
@@ -295,7 +296,8 @@ class Tokens:
         """captions (B,) -> ids (B, N, Q), c (B, m, 512), c_valid (B, m), valid (B, N) bool.
 
         generator: crops by the field's length rule; None takes whole clips. N is the longest of the
-        batch, or width (a compiled model wants one shape). Ids behind a clip's end mean nothing.
+        batch, or width, and m the most condition tokens of one (a compiled model wants one shape:
+        of the whole split). Ids behind a clip's end mean nothing.
         """
         clip = self.clip_of[captions]
         start, n = field_length(self.length[clip], generator)
@@ -304,7 +306,10 @@ class Tokens:
         t = torch.arange(width or int(n.max()), device=self.ids.device)
         place = (first[:, None] + t).clamp(max=self.ids.shape[1] - 1)
         ids = self.ids[phase[:, None], place].long()
-        return ids, self.c[captions], self.c_valid[captions], t < n[:, None]
+        index = self.index[captions]
+        if width is None:
+            index = index[:, index.any(0)]
+        return ids, self.vectors[index], index > 0, t < n[:, None]
 
 
 class Windows:

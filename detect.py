@@ -229,6 +229,16 @@ def detect(joints, item):
     return bool(find(View(joints), item))
 
 
+def describe(joints):
+    """All that is seen in a motion (T, 22, 3), early to late: ['walk', 'kick left', ...]."""
+    view, seen = View(joints), []
+    for action in DETECTORS:
+        for side in ('left', 'right') if action in SIDED else ('',):
+            evidence = find(view, {'action': action, 'side': side})
+            seen += [(middle(span), f'{action} {side}'.strip()) for span in evidence]
+    return [name for _, name in sorted(seen)]
+
+
 def passes(joints, script):
     """Does the motion contain every item of the script, in its order (by the middles of the
     stretches of evidence)?"""

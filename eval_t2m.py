@@ -11,6 +11,7 @@ compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. Mo
 in batches of similar length; batches of 32 matter only to R-precision. RESULTS.md, "Protocol",
 lists every difference from the reference.
 """
+import ast
 import json
 import os
 import re
@@ -21,13 +22,13 @@ import torch
 from tqdm import tqdm
 
 import momask
-from configurator import HERE, UserError, configure, given
+from configurator import HERE, UserError, configure, convert, given
 from data import FRAMES_PER_TOKEN, Clips, by_length, equal_lengths, load_meta
 from detect import passes
 from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
                        r_precision)
 from fast import keep_memory
-from generate import Pipeline, check_decoding, load_pipeline
+from generate import Pipeline, decoding_of, load_pipeline
 from motion import SKELETONS, features_to_joints
 from runtime import atomic_write, setup
 from vq import load_tokenizer
@@ -48,6 +49,7 @@ split = 'test'
 repeats = 20
 max_clips = 0                # evaluate on this many clips; 0 is all
 mm_batches = 3               # batches of 32 captions x 30 motions for MModality; 0 leaves it out
+sweep = ''                   # try decoding settings: cond_scale:1,2,3 (pick on --split=val)
 strata = False               # also Tables 5 and 6 of DynMask, and length strata
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
@@ -77,11 +79,11 @@ config = configure(
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
-check_decoding(steps, top_share, temperature, anneal, res_temperature)
 if repeats < 1:
     raise UserError(f'repeats is {repeats}, expected at least 1.')
 if init_from == 'momask' and 'das_sampling' not in given:
-    das_sampling = config['das_sampling'] = False
+    config['das_sampling'] = False
+decoding = decoding_of(config)
 run = setup(device, dtype, seed)
 keep_memory()
 gen_batch = gen_batch or (64 if run.device == 'cpu' else 256)
@@ -155,11 +157,7 @@ def generate(chosen, frames, seed):
         return {}
     n = frames // FRAMES_PER_TOKEN
     with run.autocast():
-        ids = pipe.generate(
-            c[chosen], c_valid[chosen], n, seed, steps=steps, cond_scale=cond_scale,
-            res_scale=res_scale, top_share=top_share, temperature=temperature, anneal=anneal,
-            res_temperature=res_temperature, res_layers=res_layers, das=das_sampling,
-            lambda_D=lambda_D, beta=beta, sigma_max=sigma_max, msd_decode=msd_decode)
+        ids = pipe.generate(c[chosen], c_valid[chosen], n, seed, **decoding)
     progress.update(len(n))
     made = {BASE: pipe.features(ids[..., :1], n)}
     if FULL in rows:
@@ -200,7 +198,9 @@ def look(joints, caption):
     accel = np.linalg.norm(np.diff(joints, 2, axis=0), axis=-1).mean() * meta['fps'] ** 2
     facts = {'slide cm': 100 * slide.mean() if len(slide) else np.nan, 'accel m/s2': accel}
     if 'script' in caption:
+        n_actions = len(caption['script'])
         facts['detectors'] = passes(joints, caption['script'])
+        facts['1 action' if n_actions == 1 else f'{n_actions} actions'] = facts['detectors']
     return facts
 
 
@@ -261,8 +261,9 @@ def one_repeat(repeat):
         result[row] = {
             'R@1': top[0], 'R@2': top[1], 'R@3': top[2], 'FID': fid(emb['real motion'], emb[row]),
             'MM-Dist': mm_dist(texts, emb[row]), 'Diversity': diversity(emb[row], rng=rng)}
-        for fact in facts[row][0]:
-            result[row][fact] = np.nanmean([clip[fact] for clip in facts[row]])
+        for fact in dict.fromkeys(key for clip in facts[row] for key in clip):
+            values = [clip[fact] for clip in facts[row] if fact in clip]
+            result[row][fact] = np.nanmean(values)
     error = [mpjpe(ours, real).mean()
              for ours, real in zip(joints['tokenizer'], joints['real motion'])]
     result['tokenizer']['MPJPE mm'] = 1000 * np.mean(error) / meta['units_per_metre']
@@ -307,32 +308,57 @@ def print_table(names):
         print(line)
 
 
+def swept():
+    """'cond_scale:1,2,3' -> the setting's name and its values."""
+    name, _, values = sweep.partition(':')
+    if name not in decoding or not values:
+        raise UserError(f"sweep is '{sweep}', expected a decoding setting and values, as in "
+                        f'cond_scale:1,2,3; the settings are {", ".join(decoding)}.')
+    if isinstance(decoding[name], str):
+        return name, values.split(',')
+    return name, [convert(name, ast.literal_eval(v), decoding[name], sweep)
+                  for v in values.split(',')]
+
+
+def summarize(results):
+    """-> {row: {metric: (mean, half the 95% interval)}}"""
+    summary = {}
+    for row in results[0]:
+        summary[row] = {}
+        for metric in results[0][row]:
+            mean, half = interval([result[row][metric] for result in results])
+            summary[row][metric] = (float(mean), float(half))
+    return summary
+
+
 clock = time.perf_counter()
+name, values = swept() if sweep else ('steps', [steps])
 n_clips = len(draw_clips(0)[0])
 per_repeat = n_clips + 30 * min(32 * mm_batches, n_clips)
-progress = tqdm(total=repeats * per_repeat, desc='generated', mininterval=1, unit=' motions',
-                disable=pipe.mask is None)
+progress = tqdm(total=len(values) * repeats * per_repeat, desc='generated', mininterval=1,
+                unit=' motions', disable=pipe.mask is None)
 standing_height = foot_heights()
-results = [one_repeat(repeat) for repeat in range(repeats)]
+summary = {}
+for value in values:
+    decoding[name] = value
+    results = [one_repeat(repeat) for repeat in range(repeats)]
+    found = summarize(results)
+    if sweep:
+        found = {f'{name} {value}': found[rows[-1]]}
+    summary.update(found)
 progress.close()
 seconds = time.perf_counter() - clock
 
-summary = {}
-for row in rows:
-    summary[row] = {}
-    for metric in results[0][row]:
-        mean, half = interval([result[row][metric] for result in results])
-        summary[row][metric] = (float(mean), float(half))
 print(f'\n{data} {split}, {n_clips} clips, {repeats} repeats, {steps} steps, guidance '
       f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}; mean ± 95% interval')
 names = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm',
-         'accel m/s2', 'detectors']
-print_table([name for name in names if any(name in summary[row] for row in rows)])
-if strata:
+         'accel m/s2', 'detectors', '1 action', '2 actions', '3 actions']
+print_table([name for name in names if any(name in metrics for metrics in summary.values())])
+if strata and not sweep:
     print_table([name for name in summary['tokenizer'] if name.startswith(('FID ', 'dynamic /'))])
 path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
 with atomic_write(path, 'w') as f:
-    written = dict(rows=summary, settings=config, clips=n_clips, seconds=seconds,
+    written = dict(rows=summary, val=pipe.val, settings=config, clips=n_clips, seconds=seconds,
                    device=run.device, per_repeat=results)
     json.dump(written, f, indent=1, default=float)
 print(f'written to {path}')

@@ -12,12 +12,12 @@ import os
 import torch
 
 import msd
-import text
 from configurator import UserError
 from data import FRAMES_PER_TOKEN
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
 from runtime import load, load_named
+from text import condition
 from vq import load_tokenizer
 
 # ---------------------------------------------------------------------------- sampling and guidance
@@ -44,23 +44,35 @@ def twice(*tensors):
     return [torch.cat([x, x]) for x in tensors]
 
 
+def with_no_text(c_valid):
+    """c_valid (B, m) -> (2B, m) for guidance: without text only the sentence's token is there."""
+    nothing = torch.zeros_like(c_valid)
+    nothing[:, 0] = True
+    return torch.cat([c_valid, nothing])
+
+
 # -------------------------------------------------------------------------------------- base tokens
 
 
-def check_decoding(steps, top_share, temperature, anneal, res_temperature):
-    """UserError for settings that no decoding can be done with."""
-    if steps < 1 or temperature <= 0 or res_temperature <= 0:
-        raise UserError(f'steps is {steps}, temperature {temperature}, res_temperature '
-                        f'{res_temperature}: expected at least 1, and above 0.')
-    if not (0 < top_share <= 1 and 0 <= anneal <= 1):
-        raise UserError(f'top_share is {top_share}, anneal {anneal}: expected shares of 1, '
-                        'top_share above 0.')
+def decoding_of(config):
+    """The settings (a dict) that `Pipeline.generate` takes. UserError where one makes no sense."""
+    names = ('steps', 'cond_scale', 'res_scale', 'top_share', 'temperature', 'anneal',
+             'res_temperature', 'res_layers', 'das_sampling', 'lambda_D', 'beta', 'sigma_max',
+             'msd_decode')
+    decoding = {name: config[name] for name in names}
+    for name in ('steps', 'temperature', 'res_temperature', 'top_share'):
+        if decoding[name] <= 0:
+            raise UserError(f'{name} is {decoding[name]}, expected more than 0.')
+    for name in ('top_share', 'anneal'):
+        if not 0 <= decoding[name] <= 1:
+            raise UserError(f'{name} is {decoding[name]}, expected a share of 1.')
+    return decoding
 
 
 @torch.no_grad()
 def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
-                  temperature=1.0, anneal=0.0, das=True, lambda_D=0.5, beta=0.5, sigma_max=0.5,
-                  msd_decode='kept', width=None, generator=None):
+                  temperature=1.0, anneal=0.0, das_sampling=True, lambda_D=0.5, beta=0.5,
+                  sigma_max=0.5, msd_decode='kept', width=None, generator=None):
     """Algorithm 2. c (B, m, 512), c_valid (B, m), n (B,) tokens wanted -> ids (B, N), [PAD] behind
     each end. N is the longest n, or width (which spares a compiled model a new graph per length).
 
@@ -69,7 +81,7 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
     known (B, N)  tokens that are given and never masked; -1 where one is wanted
     top_share     share of the codes that a token is drawn from
     temperature   T_global of Eq 18; anneal lowers it over the steps, by that share at the end
-    das           complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; off, MoMask's
+    das_sampling  complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; or MoMask's
     msd_decode    MSD of the 'kept' tokens, or of the current full 'guess' (kept + last predictions)
 
     Nothing waits for a GPU inside the loop.
@@ -83,7 +95,8 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
     n_wanted = wanted.sum(1)
     guess = ids
     score = torch.zeros(valid.shape, device=c.device)
-    c_valid2, valid2 = twice(c_valid, valid)
+    c_valid2 = with_no_text(c_valid)
+    valid2, = twice(valid)
 
     for step in range(steps):
         share = math.cos(math.pi / 2 * step / max(steps - 1, 1))         # 1 -> 0
@@ -92,10 +105,10 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
         ids = torch.where(masked, model.MASK, ids)
 
         described = None
-        if das or model.config.spectral_attn:
-            phi, seen = model.descriptor(guess if msd_decode == 'guess' else ids)
+        if das_sampling or model.config.spectral_attn:
+            f, seen = model.spectrum(guess if msd_decode == 'guess' else ids)
         if model.config.spectral_attn:
-            described = twice(phi, seen)
+            described = twice(f, seen)
         ids2, = twice(ids)
 
         def forward(c2):
@@ -103,15 +116,16 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
 
         log_p = guided(forward, c, cond_scale).log_softmax(-1)           # (B, N, V)
         T = temperature * (1 - anneal * step / steps)
-        if das:
+        if das_sampling:
             p_max = log_p.amax(-1).exp()
-            b = msd.exploration(phi, seen & valid, p_max, masked, lambda_D)   # Eqs 15-17
+            omega = msd.complexity(f, model.config.omega)                # Eq 8
+            b = msd.exploration(omega, seen & valid, p_max, masked, lambda_D)   # Eqs 15-17
             T = T * (1 + beta * b[..., None])                            # Eqs 18, 20
         drawn = sample(log_p, top_share, T, generator)
         ids = torch.where(masked, drawn, ids)
 
         confidence = log_p.gather(-1, drawn[..., None])[..., 0]
-        if das:
+        if das_sampling:
             sigma = sigma_max * b                                        # Eqs 19, 21
             confidence = confidence + sigma * gumbel_like(confidence, generator)
         score = torch.where(masked, confidence, torch.inf)               # kept tokens stay kept
@@ -129,7 +143,8 @@ def generate_residual(model, ids, c, c_valid, n, n_layers=-1, cond_scale=5.0, to
     a layer, sampled; 0 behind each end. n_layers: how many of the residual layers; -1 is all."""
     V, Q = model.config.n_codes, model.config.n_quantizers
     valid = torch.arange(ids.shape[1], device=ids.device) < n[:, None]
-    c_valid2, valid2 = twice(c_valid, valid)
+    c_valid2 = with_no_text(c_valid)
+    valid2, = twice(valid)
     layers = ids[..., None].clamp(max=V).repeat(1, 1, Q)
     n_layers = Q - 1 if n_layers < 0 else n_layers
     for q in range(1, 1 + n_layers):
@@ -151,25 +166,29 @@ class Pipeline:
     is only reconstruction, base tokens only, or lengths must be given. meta: name, skeleton, fps,
     n_joints, dim, units_per_metre, max_frames of the data."""
 
-    def __init__(self, tokenizer, mask, res, length, text_encoder, meta, device='cpu'):
+    def __init__(self, tokenizer, mask, res, length, text_encoder, meta, device='cpu',
+                 text='sentence'):
         networks = [net and net.to(device).eval() for net in (tokenizer, mask, res, length)]
         self.vq, self.mask, self.res, self.length = networks
         self.text_encoder = text_encoder
+        self.text = text
         self.meta = meta
+        self.val = None        # the masked transformer's validation cross-entropy
         self.device = device
         self.n_max = meta['max_frames'] // FRAMES_PER_TOKEN
 
     def condition(self, prompts, cache=None):
         """list of B str -> c (B, m, 512), c_valid (B, m)."""
-        return text.condition(prompts, self.text_encoder, cache, self.device)
+        return condition(prompts, self.text_encoder, self.text, cache, self.device)
 
     @torch.no_grad()
-    def lengths(self, c, seed=0):
-        """Plausible numbers of tokens (B,), drawn from the length estimator for c (B, m, 512)."""
+    def lengths(self, c, c_valid, seed=0):
+        """Plausible numbers of tokens (B,), drawn from the length estimator for c (B, m, 512),
+        c_valid (B, m)."""
         if self.length is None:
             raise UserError('No length was given and there is no length estimator: give --length, '
                             'or train one with `python train_mask.py ... --stage=len`.')
-        logits = self.length(c.to(self.device))
+        logits = self.length(c.to(self.device), c_valid.to(self.device))
         logits[:, 0] = -torch.inf
         logits[:, self.n_max + 1:] = -torch.inf
         return (logits + gumbel_like(logits, self.generator(seed))).argmax(-1)
@@ -233,5 +252,8 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
         load_named(network, checkpoint['model'], os.path.join(out_dir, f'{kind}.pt'))
         networks[kind] = network
     checkpoint = found['mask']
-    return Pipeline(tokenizer, networks['mask'], networks['res'], networks['len'],
-                    checkpoint['settings']['text_encoder'], checkpoint['meta'], device)
+    settings = checkpoint['settings']
+    pipe = Pipeline(tokenizer, networks['mask'], networks['res'], networks['len'],
+                    settings['text_encoder'], checkpoint['meta'], device, settings['text'])
+    pipe.val = checkpoint['val']
+    return pipe

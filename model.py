@@ -36,7 +36,8 @@ class ModelConfig:
     ff: int = 1024
     dropout: float = 0.2
     text_dim: int = 512
-    token_init: str = 'codebook'  # token embeddings start as the base codes | 'random' (MoMask)
+    token_init: str = 'codebook'  # token embeddings start as code vectors | 'random' (MoMask)
+    res_draw: str = 'cycle'       # which residual layer a row learns: in turn | 'release', low ones
     # DynMask 3.5, motion-aware attention (masked transformer only)
     spectral_attn: bool = True
     window: int = 8               # W, tokens
@@ -44,6 +45,8 @@ class ModelConfig:
     alpha_schedule: str = 'decay'  # Eq 14 | 'constant' | 'reversed'
     fusion: str = 'rescaled'      # 'zscore' is Eq 13 to the letter | 'rescaled' | 'temperature'
     msd_embed: str = 'codebook'   # x_t of Eq 4: the base code vectors | 'learned' (Embed(z_t))
+    msd_gap: str = 'interp'       # velocities over masked tokens: interpolated | 'zero'
+    omega: str = 'energy'         # Omega of Eq 8: |f_t| | 'flatness', the letter
 
 
 # ---------------------------------------------------------------------------------------- the trunk
@@ -142,9 +145,16 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.register_buffer('positions', sinusoid(1024, config.latent), persistent=False)
 
+    def condition(self, c):
+        """Text c (B, m, 512) -> (B, m, d). The sentence has no position; clauses or words behind it
+        have theirs, for their order matters."""
+        front = self.cond(c)
+        order = self.positions[:c.shape[1] - 1].to(front.dtype)
+        return torch.cat([front[:, :1], front[:, 1:] + order], 1)
+
     def forward(self, x, valid, front, front_valid, prior=None):
-        """x (B, n, code_dim), valid (B, n); front (B, m, d): tokens that go before them and have no
-        position, front_valid (B, m); prior: qs, ks (B, n, W + 2) of msd.prior_qk -> (B, n, d)."""
+        """x (B, n, code_dim), valid (B, n); front (B, m, d): tokens that go before them,
+        front_valid (B, m); prior: qs, ks (B, n, W + 2) of msd.prior_qk -> (B, n, d)."""
         m, n = front.shape[1], x.shape[1]
         x = self.embed(x) + self.positions[:n]
         x = dropout(x, self.p, self.training)
@@ -220,28 +230,29 @@ class MaskTransformer(nn.Module):
         """ids (B, n) with [MASK]s, c (B, m, 512), c_valid (B, m), valid (B, n) bool -> logits
         (B, n, V), or the loss (Eq 3) of targets (B, n), -100 where nothing is asked.
 
-        described: what `descriptor` says of the sequence that motion-aware attention shall see. By
+        described: what `spectrum` says of the sequence that motion-aware attention shall see. By
         default that is ids themselves: the visible tokens.
         """
         ids = torch.where(valid, ids, self.PAD)
         prior = None
         if self.config.spectral_attn:
-            phi, seen = described or self.descriptor(ids)
+            f, seen = described or self.spectrum(ids)
             with torch.autocast(ids.device.type, enabled=False):
                 # windows behind the end see the motion too, but are not tokens
-                prior = msd.prior_qk(phi, seen & valid)
-        h = self.trunk(self.token_emb(ids), valid, self.trunk.cond(c), c_valid, prior)
+                prior = msd.prior_qk(msd.unit(f), seen & valid)
+        h = self.trunk(self.token_emb(ids), valid, self.trunk.condition(c), c_valid, prior)
         logits = self.head(h)
         if targets is None:
             return logits
         return cross_entropy(logits, targets, n_targets)
 
     @torch.no_grad()
-    def descriptor(self, ids):
-        """MSD of a token sequence (B, n), in which [MASK] and [PAD] are unknown -> phi (B, n, W),
+    def spectrum(self, ids):
+        """Eqs 4-6 of a token sequence (B, n), in which [MASK] and [PAD] are unknown -> f (B, n, W),
         seen (B, n)."""
+        config = self.config
         with torch.autocast(ids.device.type, enabled=False):
-            return msd.descriptor(ids, self.gram(), ids < self.MASK, self.config.window)
+            return msd.spectrum(ids, self.gram(), ids < self.MASK, config.window, config.msd_gap)
 
     def gram(self):
         """The Gram table of the x_t that Eq 4 takes differences of."""
@@ -250,15 +261,15 @@ class MaskTransformer(nn.Module):
         return msd.gram(self.trunk.embed(self.token_emb.weight[:self.MASK]).detach())
 
     @torch.no_grad()
-    def mask_tokens(self, ids, c, valid, mask_by='msd', lam=0.3, r_exp=0, noise=0.0, remask=True,
-                    share=None, generator=None):
+    def mask_tokens(self, ids, c, valid, mask_by='msd', lam=0.3, r_exp=0, noise=0.0, cfs_share=1.0,
+                    remask=True, share=None, generator=None):
         """Choose what to hide and hide it (3.4; Algorithm 1, lines 1-6).
 
         ids (B, n) clean, c (B, m, 512), valid (B, n) -> masked ids (B, n), chosen (B, n) bool.
         How many: gamma(r) = cos(pi r / 2) with r ~ U(0, 1), or `share` of each row. Which, mask_by:
         'random', or content-focused, where Eq 9 ranks tokens by 'msd' complexity or by 'velocity'
-        (Table 3). remask (BERT; MoMask Table 2): 80% become [MASK], 10% a random code, 10% stay;
-        without it all become [MASK].
+        (Table 3). cfs_share: this share of the rows is, the others at random. remask (BERT; MoMask
+        Table 2): 80% become [MASK], 10% a random code, 10% stay; without it all become [MASK].
         """
         B, n = ids.shape
 
@@ -276,6 +287,9 @@ class MaskTransformer(nn.Module):
             sentence = self.trunk.cond(c[:, 0]).float()
             s_sem = msd.semantic_score(x, sentence, valid)                # Eq 10
             chosen = msd.select(s_dyn, s_sem, K, valid, lam, r_exp, noise, generator)
+            if cfs_share < 1:
+                at_random = msd.top_k(uniform(B, n), K, valid)
+                chosen = torch.where(uniform(B, 1) < cfs_share, chosen, at_random)
         if not remask:
             return torch.where(chosen, self.MASK, ids), chosen
         u = uniform(B, n)
@@ -287,8 +301,8 @@ class MaskTransformer(nn.Module):
         """The signal that ranks clean tokens (B, n) by how much happens there, z-scored."""
         if mask_by == 'velocity':
             return msd.zscore(msd.speed(ids, self.gram(), valid), valid)
-        phi, _ = self.descriptor(torch.where(valid, ids, self.PAD))
-        return msd.dynamic_score(phi, valid)
+        f, _ = self.spectrum(torch.where(valid, ids, self.PAD))
+        return msd.zscore(msd.complexity(f, self.config.omega), valid)    # Eqs 8, 9
 
 
 # ---------------------------------------------------------------------------------- residual tokens
@@ -299,7 +313,8 @@ class ResTransformer(nn.Module):
     the layers below q, and a token that says q. A table of codes serves twice: table j projects the
     output of layer j, and embeds it as the input of layer j + 1."""
 
-    def __init__(self, config):
+    def __init__(self, config, codebooks=None):
+        """codebooks (Q, V, D): of the tokenizer, for token_init 'codebook'."""
         super().__init__()
         self.config = config
 
@@ -313,21 +328,24 @@ class ResTransformer(nn.Module):
         self.trunk = Trunk(config)
         self.head = Head(config.latent, config.code_dim)
         self.apply(init_weights)
+        if codebooks is not None and config.token_init == 'codebook':
+            tables = (*self.first, *self.shared, *self.last)
+            for table, codebook in zip(tables, codebooks):
+                centred = codebook - codebook.mean(0)   # codes that decode alike start alike
+                table.data[:config.n_codes] = 0.1 * centred / centred.std()
 
     def forward(self, ids, c, c_valid, valid, q=None, row0=0, n_targets=None):
         """ids (B, n, Q), c (B, m, 512), c_valid (B, m), valid (B, n).
 
         q given: logits (B, n, V + 1) of layer q; ids of layers from q on are not looked at.
         q None: the loss (MoMask Eq 4), where the targets are ids of the layers that rows learn.
-        Row i learns layer 1 + (row0 + i) mod (Q - 1): cycling instead of drawing turns the gather
-        of a (B, V + 1, code_dim) projection into Q - 1 plain products.
+        Row i learns layer pattern[row0 + i]: taking turns instead of drawing makes the gather of a
+        (B, V + 1, code_dim) projection Q - 1 plain products.
         """
         n_layers = self.config.n_quantizers - 1
-        row = torch.arange(len(ids), device=ids.device)
-        if q is None:
-            layer = 1 + (row0 + row) % n_layers                           # (B,)
-        else:
-            layer = torch.full_like(row, q)
+        pattern = layer_pattern(n_layers, self.config.res_draw)
+        learns = [q or pattern[(row0 + i) % len(pattern)] for i in range(len(ids))]
+        layer = torch.tensor(learns, device=ids.device)                   # (B,)
         ids = torch.where(valid[..., None], ids, self.config.n_codes)
         tables = (*self.first, *self.shared, *self.last)
 
@@ -336,27 +354,36 @@ class ResTransformer(nn.Module):
             below = (j < layer).to(self.first.dtype)
             x = x + F.embedding(ids[..., j], tables[j]) * below[:, None, None]
         which = F.one_hot(layer, self.config.n_quantizers).to(self.first.dtype)
-        front = torch.cat([self.trunk.cond(c), self.layer_emb(which)[:, None]], 1)
+        front = torch.cat([self.trunk.condition(c), self.layer_emb(which)[:, None]], 1)
         front_valid = F.pad(c_valid, (0, 1), value=True)
         h = self.head(self.trunk(x, valid, front, front_valid))           # (B, n, code_dim)
         if q is not None:
             return h @ tables[q].T.to(h.dtype)
 
         logits = torch.empty(*h.shape[:2], len(tables[0]), dtype=h.dtype, device=h.device)
-        for j in range(n_layers):
-            projection = tables[1 + (row0 + j) % n_layers].T.to(h.dtype)
-            logits[j::n_layers] = h[j::n_layers] @ projection
+        for j in set(learns):
+            rows = [i for i, learnt in enumerate(learns) if learnt == j]
+            logits[rows] = h[rows] @ tables[j].T.to(h.dtype)
         own_layer = layer[:, None, None].expand(-1, ids.shape[1], 1)
         targets = ids.gather(2, own_layer)[..., 0].masked_fill(~valid, -100)
         return cross_entropy(logits, targets, n_targets)
+
+
+def layer_pattern(n_layers, draw):
+    """Which of the layers 1 .. n_layers the rows of a batch learn, in turn. 'release': the shares
+    of MoMask's code, which draws 1 + round((1 - cos(pi u / 2)) (n_layers - 1)), u ~ U(0, 1)."""
+    if draw == 'cycle':
+        return [1 + i for i in range(n_layers)]
+    quantiles = [(7 * i % 16 + 0.5) / 16 for i in range(16)]
+    return [1 + round((1 - math.cos(math.pi * u / 2)) * (n_layers - 1)) for u in quantiles]
 
 
 # ------------------------------------------------------------------------------------------- length
 
 
 class LengthEstimator(nn.Module):
-    """text c (B, m, 512), of which it reads the sentence -> logits (B, n_out) over the number of
-    tokens, or the loss of targets (B,). MoMask's: 50 outputs, 4 frames a token."""
+    """text c (B, m, 512), c_valid (B, m), whose vectors it sums -> logits (B, n_out) over the
+    number of tokens, or the loss of targets (B,). MoMask's: one vector, 50 outputs."""
 
     def __init__(self, text_dim=512, n_out=50):
         super().__init__()
@@ -370,8 +397,8 @@ class LengthEstimator(nn.Module):
             *part(256, 128), nn.Linear(128, n_out))
         self.apply(init_weights)
 
-    def forward(self, c, targets=None):
-        logits = self.output(c[:, 0])
+    def forward(self, c, c_valid, targets=None):
+        logits = self.output((c * c_valid[..., None]).sum(1))
         if targets is None:
             return logits
         return F.cross_entropy(logits, targets)

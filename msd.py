@@ -1,7 +1,8 @@
 """The Motion Spectral Descriptor: everything in DynMask (arXiv 2603.29655) that has no parameters.
 
-    tokens --Eqs 4-7--> phi (B, n, W)  what the motion does around each token, as a unit-norm
-                                       spectrum of its velocity
+    tokens --Eqs 4-6--> f (B, n, W)    what the motion does around each token: a spectrum of its
+                                       velocity
+           --Eq 7-----> phi (B, n, W)  the same at unit norm
            --Eq 8-----> Omega (B, n)   one number a token: how dynamically complex it is there
 
 and three uses of it: which tokens to mask (Eqs 9-10), which tokens attend to each other
@@ -26,24 +27,60 @@ def dct_matrix(W, device=None):
     return torch.cos(math.pi / W * (n + 0.5) * k)
 
 
-def plain_descriptor(x, known, W=8):
-    """Eqs 4-7 from vectors x (B, n, D), n >= 2 -> phi (B, n, W). Tests hold `descriptor` below to
-    it, which takes 2.7 ms instead of 46 (B = 64, n = 49, D = 512, two cores).
+def velocity_ends(known, gap='interp'):
+    """Between which tokens velocity t is taken: before, after (B, n) int, and v_known (B, n) bool.
 
-    known (B, n) bool: False where a token is masked or padding; a velocity with an unknown end
-    counts as 0. The window of token t covers velocities t - W//2 .. t - W//2 + W - 1, zeros beyond
-    the ends.
+    known (B, n): False where a token is masked or padding. Eq 4's v_t = x_t - x_{t-1} needs both.
+    gap: what it is where one is unknown. 'zero': nothing, v_t = 0; but then the spectrum around a
+    masked run describes the mask more than the motion. 'interp': that of the straight line between
+    the known tokens around the run, v_t = (x_after - x_before) / (after - before); only before the
+    first and behind the last known token is nothing known. Without masks the two are one.
     """
-    v = x[:, 1:] - x[:, :-1]                                      # Eq 4
-    v_known = known[:, 1:] & known[:, :-1]
-    v = v * v_known[..., None]
-    v = torch.cat([v[:, :1], v], 1)                               # v_1 = v_2
+    n = known.shape[1]
+    t = torch.arange(n, device=known.device).clamp(min=1).expand(known.shape)   # v_1 = v_2
+    before, after = t - 1, t
+    if gap == 'interp':
+        place = torch.arange(n, device=known.device)
+        latest = torch.where(known, place, -1).cummax(1).values
+        soonest = torch.where(known, place, n).flip(1).cummin(1).values.flip(1)
+        before, after = latest.gather(1, before), soonest.gather(1, after)
+    inside = (before >= 0) & (after < n)
+    before, after = before.clamp(min=0), after.clamp(max=n - 1)
+    v_known = inside & known.gather(1, before) & known.gather(1, after)
+    return before, after, v_known
+
+
+def plain_spectrum(x, known, W=8, gap='interp'):
+    """Eqs 4-6 from vectors x (B, n, D), n >= 2 -> f (B, n, W). Tests hold `spectrum` below to it,
+    which takes 2.7 ms instead of 46 (B = 64, n = 49, D = 512, two cores).
+
+    The window of token t covers velocities t - W//2 .. t - W//2 + W - 1, zeros beyond the ends.
+    """
+    before, after, v_known = velocity_ends(known, gap)
+    row = torch.arange(len(x), device=x.device)[:, None]
+    v = x[row, after] - x[row, before]                            # Eq 4
+    v = v / (after - before).clamp(min=1)[..., None] * v_known[..., None]
     v = F.pad(v, (0, 0, W // 2, W - 1 - W // 2))
     U = v.unfold(1, W, 1)                                         # (B, n, D, W)
     C = dct_matrix(W, x.device).to(x.dtype)
-    spectrum = U @ C.T                                            # Eq 5, (B, n, D, W)
-    f = spectrum.norm(dim=2)                                      # Eq 6, (B, n, W)
-    return f / (f.norm(dim=-1, keepdim=True) + EPS)               # Eq 7
+    return (U @ C.T).norm(dim=2)                                  # Eqs 5-6, (B, n, W)
+
+
+def unit(f):
+    """Eq 7: phi_t = f_t / |f_t|, (B, n, W), or 0 where nothing moves."""
+    return f / (f.norm(dim=-1, keepdim=True) + EPS)
+
+
+def complexity(f, omega='energy'):
+    """Eq 8: Omega(t) (B, n), how complex the motion is around a token; its spectrum f (B, n, W).
+
+    'flatness' is the letter, mean_k phi_{t,k}. In [1/W, 1/sqrt(W)], or 0 where nothing moves: phi
+    has unit norm, so it tells held from moving, and beyond that only how flat the spectrum is.
+    'energy' is |f_t|, the norm that Eq 7 divides away: it says what moves (RESULTS.md).
+    """
+    if omega == 'flatness':
+        return unit(f).mean(-1)
+    return f.norm(dim=-1)
 
 
 # --------------------------------------------------------- 3.3 the descriptor, straight from tokens
@@ -55,25 +92,25 @@ def gram(codebook):
     return (codebook.double() @ codebook.double().T).float()
 
 
-def velocity_products(ids, G, known, lags):
+def velocity_products(ids, G, known, lags, gap='interp'):
     """v_t . v_{t+d} for d = 0 .. lags - 1, from token ids alone.
 
-    v is a difference of code vectors (Eq 4), so a product of two is four look-ups in G. ids (B, n)
-    int, n >= 2; G (V, V) from gram(); known (B, n) bool. Returns products (B, n, lags), exactly 0
-    where a pose is held or an end is unknown, and v_known (B, n) bool.
+    v is a difference of code vectors (Eq 4) times a scalar, so a product of two is four look-ups in
+    G. ids (B, n) int, n >= 2; G (V, V) from gram(); known (B, n) bool. Returns products
+    (B, n, lags), exactly 0 where a pose is held or an end is unknown, and v_known (B, n) bool.
     """
     ids = torch.where(known, ids, 0)
-    now = torch.arange(ids.shape[1], device=ids.device).clamp(min=1)     # v_1 = v_2
-    before = now - 1
-    v_known = known[:, now] & known[:, before]
+    before, after, v_known = velocity_ends(known, gap)
+    scale = v_known / (after - before).clamp(min=1)
 
     def ahead(x):   # (B, n) -> (B, n, lags): [t, d] is x[t + d]
         return F.pad(x, (0, lags - 1)).unfold(1, lags, 1)
 
-    a1, a0 = ids[:, now, None], ids[:, before, None]                     # v_t = a1 - a0
-    b1, b0 = ahead(ids[:, now]), ahead(ids[:, before])                   # v_{t+d} = b1 - b0
+    start, end = ids.gather(1, before), ids.gather(1, after)
+    a0, a1 = start[..., None], end[..., None]                            # v_t = s (a1 - a0)
+    b0, b1 = ahead(start), ahead(end)                                    # v_{t+d} = s' (b1 - b0)
     products = (G[a1, b1] - G[a0, b1]) - (G[a1, b0] - G[a0, b0])
-    return products * (v_known[..., None] & ahead(v_known)), v_known
+    return products * (scale[..., None] * ahead(scale)), v_known
 
 
 def spectrum_kernel(W, device):
@@ -93,28 +130,21 @@ def spectrum_kernel(W, device):
     return K.float()
 
 
-def descriptor(ids, G, known, W=8):
-    """Eqs 4-7 from token ids: `plain_descriptor` of their code vectors, to rounding.
+def spectrum(ids, G, known, W=8, gap='interp'):
+    """Eqs 4-6 from token ids: `plain_spectrum` of their code vectors, to rounding.
 
-    ids (B, n) int, anything where not known (B, n); G (V, V). Returns phi (B, n, W) with |phi| = 1,
-    or 0 where nothing moves, and seen (B, n) bool: does the window hold a known velocity?
+    ids (B, n) int, anything where not known (B, n); G (V, V). Returns f (B, n, W), 0 where nothing
+    moves, and seen (B, n) bool: does the window hold a known velocity?
     """
     if ids.shape[1] < 2:   # no velocity exists
         return torch.zeros(*ids.shape, W, device=ids.device), torch.zeros_like(known)
     ends = (W // 2, W - 1 - W // 2)
-    products, v_known = velocity_products(ids, G, known, W)
+    products, v_known = velocity_products(ids, G, known, W, gap)
     products = F.pad(products.transpose(1, 2), ends)                     # (B, lags, n + W - 1)
     f2 = F.conv1d(products, spectrum_kernel(W, ids.device))              # Eqs 5-6, (B, bands, n)
     f = f2.transpose(1, 2).clamp(min=0).sqrt()                           # rounding dips below 0
-    phi = f / (f.norm(dim=-1, keepdim=True) + EPS)                       # Eq 7
     seen = F.max_pool1d(F.pad(v_known.float(), ends)[:, None], W, 1)[:, 0] > 0
-    return phi, seen
-
-
-def complexity(phi):
-    """Eq 8: Omega(t) = mean_k phi_{t,k}, (B, n). In [1/W, 1/sqrt(W)], or 0 where nothing moves: it
-    measures how flat the spectrum is, not how large (phi has unit norm)."""
-    return phi.mean(-1)
+    return f, seen
 
 
 def speed(ids, G, known):
@@ -135,11 +165,7 @@ def zscore(x, valid):
 
 
 # --------------------------------------------------------------- 3.4 content-focused mask selection
-
-
-def dynamic_score(phi, valid):
-    """Eq 9: s_dyn = z-score(Omega), (B, n)."""
-    return zscore(complexity(phi), valid)
+# Eq 9 is s_dyn = zscore(complexity(f), valid).
 
 
 def semantic_score(x, c, valid):
@@ -252,14 +278,14 @@ def alpha(layer, alpha0, n_layers, schedule='decay'):
 # -------------------------------------------------------------------- 3.6 complexity-aware decoding
 
 
-def exploration(phi, seen, p_max, masked, lambda_D=0.5):
+def exploration(omega, seen, p_max, masked, lambda_D=0.5):
     """Eqs 15-17: b_t = sigmoid(lambda_D k_t + (1 - lambda_D) u_t), (B, n) in (0, 1).
 
-    phi (B, n, W); seen (B, n): tokens of the motion whose neighbourhood is known, the others count
-    as of mean complexity. p_max (B, n): the largest probability of each token. masked (B, n):
+    omega (B, n) of Eq 8; seen (B, n): tokens of the motion whose neighbourhood is known, the others
+    count as of mean complexity. p_max (B, n): the largest probability of each token. masked (B, n):
     the tokens that are being decoded. Uncertainty is compared among those alone: next to kept
     tokens, of which the model is sure, every masked one would look uncertain, more so step by step.
     """
-    k = zscore(complexity(phi), seen)                                    # Eq 16
+    k = zscore(omega, seen)                                              # Eq 16
     u = zscore(1 - p_max, masked)                                        # Eq 17
     return torch.sigmoid(lambda_D * k + (1 - lambda_D) * u)              # Eq 15

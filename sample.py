@@ -21,9 +21,10 @@ import momask
 import msd
 from configurator import UserError, configure, given
 from data import FRAMES_PER_TOKEN, load_meta, load_split
+from detect import describe, parse, passes
 from draw import draw_gif, draw_grid, draw_msd
 from fast import keep_memory
-from generate import check_decoding, load_pipeline
+from generate import decoding_of, load_pipeline
 from motion import features_to_joints
 from runtime import setup
 from vq import load_tokenizer
@@ -62,17 +63,17 @@ msd_decode = 'kept'          # MSD of the 'kept' tokens | of the full 'guess'
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-configure(
+config = configure(
     globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
     momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'), device=('auto', 'cpu', 'cuda'),
     dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
-check_decoding(steps, top_share, temperature, anneal, res_temperature)
 if repeats < 1:
     raise UserError(f'repeats is {repeats}, expected at least 1.')
 if init_from == 'momask' and 'das_sampling' not in given:
-    das_sampling = False
+    config['das_sampling'] = False
+decoding = decoding_of(config)
 
 
 def draw_msd_of(name):
@@ -94,8 +95,8 @@ def draw_msd_of(name):
     features = torch.from_numpy(np.array(split.clip(clip)[:frames]))
     ids = tokenizer.encode(tokenizer.normalize(features)[None])[..., 0]
     G = msd.gram(tokenizer.quantizers[0].codebook)
-    phi, _ = msd.descriptor(ids, G, torch.ones_like(ids, dtype=torch.bool))
-    omega = msd.complexity(phi)
+    f, _ = msd.spectrum(ids, G, torch.ones_like(ids, dtype=torch.bool))
+    phi, omega = msd.unit(f), msd.complexity(f)
     title = name
     if split.n_captions[clip]:
         title += f': "{split.captions[split.first_caption[clip]]["text"]}"'
@@ -152,7 +153,7 @@ captions = [words for words, _ in jobs]
 c, c_valid = pipe.condition(captions, os.path.join(out_dir, 'text'))
 n = torch.tensor([frames // FRAMES_PER_TOKEN for _, frames in jobs])
 if not n.all():
-    n = torch.where(n > 0, n, pipe.lengths(c, seed).cpu())
+    n = torch.where(n > 0, n, pipe.lengths(c, c_valid, seed).cpu())
 
 # motion
 clock = time.perf_counter()
@@ -160,14 +161,24 @@ motions = []
 for i in range(0, len(jobs), 64):
     part = slice(i, i + 64)
     with run.autocast():
-        ids = pipe.generate(
-            c[part], c_valid[part], n[part], seed=seed + i, steps=steps, cond_scale=cond_scale,
-            res_scale=res_scale, top_share=top_share, temperature=temperature, anneal=anneal,
-            res_temperature=res_temperature, res_layers=res_layers, das=das_sampling,
-            lambda_D=lambda_D, beta=beta, sigma_max=sigma_max, msd_decode=msd_decode)
+        ids = pipe.generate(c[part], c_valid[part], n[part], seed + i, **decoding)
     motions += pipe.features(ids, n[part])
 print(f'{len(jobs)} motions, {FRAMES_PER_TOKEN * int(n.sum())} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')
+
+
+
+def report(caption, joints):
+    """What a toy prompt asks for, what the detectors see in the motion, and whether that is it."""
+    script = parse(caption)
+    saw = ', '.join(describe(joints)) or 'nothing'
+    if script is None:
+        print(f"not counted '{caption}': outside the toy set's grammar; seen: {saw}")
+        return None
+    done = passes(joints, script)
+    print(f"{'as asked   ' if done else 'NOT AS ASKED'} '{caption}'; seen: {saw}")
+    return done
+
 
 # files
 folder = samples_dir or os.path.join(out_dir, 'samples')
@@ -180,6 +191,10 @@ for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     np.save(name + '.npy', joints)
     draw_gif(joints, name + '.gif', captions[i], fps)
     drawn.append((captions[i], joints))
+if pipe.meta['name'] == 'toy':
+    verdicts = [report(caption, joints) for caption, joints in drawn]
+    counted = [verdict for verdict in verdicts if verdict is not None]
+    print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
 others = ''
 if len(drawn) > 1:
     draw_grid(drawn[:9], os.path.join(folder, 'grid.gif'))

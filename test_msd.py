@@ -40,27 +40,32 @@ def everything(ids):
     return torch.ones_like(ids, dtype=torch.bool)
 
 
-def velocity_of(x, known):
-    """Eq 4 of one row x (n, D), known (n,) -> v (n, D) float64, and whether both ends are known."""
+def velocity_of(x, known, gap):
+    """Eq 4 of one row x (n, D), known (n,) -> v (n, D) float64, and whether it is known."""
     n = len(x)
     v = torch.zeros(n, D, dtype=torch.float64)
     v_known = [False] * n
     for t in range(n):
         now = max(t, 1)   # v_1 = v_2
-        if known[now] and known[now - 1]:
-            v[t] = x[now].double() - x[now - 1].double()
+        before = [i for i in range(now) if known[i]]
+        after = [i for i in range(now, n) if known[i]]
+        if not before or not after:
+            continue
+        a, b = before[-1], after[0]
+        if b == a + 1 or gap == 'interp':   # the slope of the line between the known ends
+            v[t] = (x[b].double() - x[a].double()) / (b - a)
             v_known[t] = True
     return v, v_known
 
 
-def oracle(x, known, W):
-    """Eqs 4-7 to the letter, from vectors x (B, n, D) -> phi, seen."""
+def oracle(x, known, W, gap):
+    """Eqs 4-6 to the letter, from vectors x (B, n, D) -> f, seen."""
     B, n, _ = x.shape
-    phi = torch.zeros(B, n, W, dtype=torch.float64)
+    f = torch.zeros(B, n, W, dtype=torch.float64)
     seen = torch.zeros(B, n, dtype=torch.bool)
     place = torch.arange(W, dtype=torch.float64) + 0.5
     for b in range(B):
-        v, v_known = velocity_of(x[b], known[b])
+        v, v_known = velocity_of(x[b], known[b], gap)
         for t in range(n):
             u = torch.zeros(W, D, dtype=torch.float64)
             first = t - W // 2
@@ -68,12 +73,10 @@ def oracle(x, known, W):
                 if 0 <= first + i < n:
                     u[i] = v[first + i]
                     seen[b, t] |= v_known[first + i]
-            f = torch.zeros(W, dtype=torch.float64)
             for k in range(W):
                 basis = torch.cos(math.pi / W * place * k)
-                f[k] = (basis[:, None] * u).sum(0).norm()   # Eqs 5, 6
-            phi[b, t] = f / (f.norm() + msd.EPS)            # Eq 7
-    return phi, seen
+                f[b, t, k] = (basis[:, None] * u).sum(0).norm()   # Eqs 5, 6
+    return f, seen
 
 
 def zscore_of(values):
@@ -83,42 +86,63 @@ def zscore_of(values):
 # ----------------------------------------------------------------------------------- the descriptor
 
 
+@pytest.mark.parametrize('gap', ['interp', 'zero'])
 @pytest.mark.parametrize('seed', SEEDS)
-def test_gram_table_equals_unfold_and_dct(seed):
+def test_gram_table_equals_unfold_and_dct(seed, gap):
     E, ids, known, W = random_case(seed)
-    phi, seen = msd.descriptor(ids, msd.gram(E), known, W)
-    plain, plain_seen = oracle(E[ids], known, W)
+    f, seen = msd.spectrum(ids, msd.gram(E), known, W, gap)
+    plain, plain_seen = oracle(E[ids], known, W, gap)
     assert torch.equal(seen, plain_seen)
-    # phi is a square root of f^2: where f_k is nearly 0, rounding by e in f^2 is sqrt(e) in f
-    assert (phi.double().square() - plain.square()).abs().max() < 1e-5
-    assert (phi.double() - plain).abs().max() < 2e-3
-    assert (phi.double() - plain).abs().mean() < 1e-5
+    # f is a square root of f^2: where it is nearly 0, rounding by e in f^2 is sqrt(e) in f
+    largest = plain.max() + 1
+    assert (f.double().square() - plain.square()).abs().max() < 1e-5 * largest.square()
+    phi, plain_phi = msd.unit(f), plain / (plain.norm(dim=-1, keepdim=True) + msd.EPS)   # Eq 7
+    assert (phi.double() - plain_phi).abs().max() < 4e-3
+    assert (phi.double() - plain_phi).abs().mean() < 1e-5
 
 
+@pytest.mark.parametrize('gap', ['interp', 'zero'])
 @pytest.mark.parametrize('seed', SEEDS)
-def test_plain_descriptor_equals_oracle(seed):
+def test_plain_spectrum_equals_oracle(seed, gap):
     E, ids, known, W = random_case(seed)
-    readable = msd.plain_descriptor(E[ids], known, W)
-    expected, _ = oracle(E[ids], known, W)
-    assert (readable.double() - expected).abs().max() < 1e-5
-    phi, _ = msd.descriptor(ids, msd.gram(E), known, W)
-    assert (phi.square() - readable.square()).abs().max() < 1e-5
+    readable = msd.plain_spectrum(E[ids], known, W, gap)
+    expected, _ = oracle(E[ids], known, W, gap)
+    assert (readable.double() - expected).abs().max() < 1e-5 * (1 + expected.max())
+
+
+def test_interpolation_is_the_velocity_of_the_straight_line():
+    """Hide the middle of a motion: the spectrum is that of the motion with a line drawn there; and
+    where nothing is hidden the two rules are one."""
+    E, ids, _, W = random_case(3)
+    known = everything(ids)
+    hidden = known.clone()
+    hidden[:, 4:9] = False
+    line = E[ids].clone()
+    for t in range(4, 9):
+        line[:, t] = E[ids[:, 3]] + (t - 3) / 6 * (E[ids[:, 9]] - E[ids[:, 3]])
+    drawn = msd.plain_spectrum(line, known, W)
+    f, seen = msd.spectrum(ids, msd.gram(E), hidden, W, 'interp')
+    assert seen.all()
+    assert (f - drawn).abs().max() < 2e-3 * drawn.max()
+    G = msd.gram(E)
+    assert torch.equal(msd.spectrum(ids, G, known, W, 'zero')[0], msd.spectrum(ids, G, known, W)[0])
+    assert (msd.spectrum(ids, G, hidden, W, 'zero')[0] - f).abs().max() > 0.1
 
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_speed_is_the_norm_of_the_velocities(seed):
     E, ids, known, _ = random_case(seed)
     speed = msd.speed(ids, msd.gram(E), known)
-    expected = [velocity_of(E[row], ok)[0].norm(dim=-1) for row, ok in zip(ids, known)]
+    expected = [velocity_of(E[row], ok, 'interp')[0].norm(dim=-1) for row, ok in zip(ids, known)]
     assert (speed - torch.stack(expected)).abs().max() < 1e-4
     assert (msd.speed(ids[:, :1], msd.gram(E), known[:, :1]) == 0).all()
 
 
 def test_one_token_has_no_velocity():
     ids = torch.zeros(3, 1, dtype=torch.long)
-    phi, seen = msd.descriptor(ids, torch.eye(4), everything(ids), 8)
-    assert phi.shape == (3, 1, 8)
-    assert not phi.any()
+    f, seen = msd.spectrum(ids, torch.eye(4), everything(ids), 8)
+    assert f.shape == (3, 1, 8)
+    assert not f.any()
     assert not seen.any()
 
 
@@ -134,18 +158,24 @@ def test_orthonormal_rows():
 def test_static_tokens_score_zero(seed):
     E, ids, _, W = random_case(seed)
     ids[:] = ids[:, :1]
-    phi, seen = msd.descriptor(ids, msd.gram(E), everything(ids), W)
+    f, seen = msd.spectrum(ids, msd.gram(E), everything(ids), W)
     assert seen.all()
-    assert phi.abs().max() == 0
-    assert msd.complexity(phi).abs().max() == 0
+    assert f.abs().max() == 0
+    assert msd.unit(f).abs().max() == 0
+    for omega in ('energy', 'flatness'):
+        assert msd.complexity(f, omega).abs().max() == 0
 
 
 @pytest.mark.parametrize('seed', SEEDS)
-def test_omega_is_flatness_not_size(seed):
+def test_omega_is_flatness_or_size(seed):
     E, ids, known, W = random_case(seed)
-    omega = msd.complexity(msd.descriptor(ids, msd.gram(E), known, W)[0])
-    larger = msd.complexity(msd.descriptor(ids, msd.gram(10 * E), known, W)[0])
-    assert (omega - larger).abs().max() < 1e-3   # amplitude cancels
+    f, _ = msd.spectrum(ids, msd.gram(E), known, W)
+    larger, _ = msd.spectrum(ids, msd.gram(10 * E), known, W)
+    energy = msd.complexity(f)
+    assert (energy - f.square().sum(-1).sqrt()).abs().max() < 1e-4
+    assert (msd.complexity(larger) - 10 * energy).abs().max() < 1e-3 * (1 + 10 * energy.max())
+    omega = msd.complexity(f, 'flatness')        # Eq 8 to the letter
+    assert (omega - msd.complexity(larger, 'flatness')).abs().max() < 1e-3   # amplitude cancels
     moving = omega[omega > 0]
     assert (moving > 1 / W - 1e-4).all()
     assert (moving < W ** -0.5 + 1e-4).all()
@@ -156,14 +186,14 @@ def test_padding_never_leaks(seed):
     E, ids, known, W = random_case(seed)
     G = msd.gram(E)
     n = ids.shape[1]
-    phi, seen = msd.descriptor(ids, G, known, W)
+    f, seen = msd.spectrum(ids, G, known, W)
     garbage = torch.where(known, ids, (ids + 7) % V)
-    phi2, seen2 = msd.descriptor(garbage, G, known, W)
-    assert torch.equal(phi, phi2)
+    f2, seen2 = msd.spectrum(garbage, G, known, W)
+    assert torch.equal(f, f2)
     assert torch.equal(seen, seen2)
     longer = F.pad(ids, (0, 9), value=3)
-    phi3, seen3 = msd.descriptor(longer, G, F.pad(known, (0, 9), value=False), W)
-    assert (phi - phi3[:, :n]).abs().max() < 1e-6
+    f3, seen3 = msd.spectrum(longer, G, F.pad(known, (0, 9), value=False), W)
+    assert (f - f3[:, :n]).abs().max() < 1e-5 * (1 + f.max())
     assert torch.equal(seen, seen3[:, :n])
     valid = torch.arange(n) < n // 2 + 1
     x = torch.randn(5, n)
@@ -173,16 +203,17 @@ def test_padding_never_leaks(seed):
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_shift(seed):
-    """Away from the ends, a motion that starts later has the same descriptor, later."""
+    """Away from the ends, a motion that starts later has the same spectrum, later."""
     E, ids, _, W = random_case(seed)
     tail = torch.randint(V, (5, 30 + 2 * W), generator=torch.Generator().manual_seed(seed))
     G = msd.gram(E)
-    a, _ = msd.descriptor(tail, G, everything(tail), W)
+    a, _ = msd.spectrum(tail, G, everything(tail), W)
     late = torch.cat([ids, tail], 1)
-    b, _ = msd.descriptor(late, G, everything(late), W)
+    b, _ = msd.spectrum(late, G, everything(late), W)
     b = b[:, ids.shape[1]:]
     inner = slice(W, -W)
-    assert (a[:, inner].square() - b[:, inner].square()).abs().max() < 1e-5
+    a, b = msd.unit(a[:, inner]), msd.unit(b[:, inner])
+    assert (a.square() - b.square()).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize('seed', SEEDS)
@@ -252,20 +283,13 @@ def test_semantic_score_is_a_cosine():
     assert (s_sem - msd.zscore(cosine, valid)).abs().max() < 1e-5
 
 
-def test_dynamic_score_is_complexity():
-    phi = torch.rand(3, 10, 8)
-    valid = torch.rand(3, 10) < 0.7
-    omega = phi.sum(-1) / 8
-    s_dyn = msd.dynamic_score(phi, valid)   # Eqs 8, 9
-    assert (s_dyn - msd.zscore(omega, valid)).abs().max() < 1e-5
-
-
 # ---------------------------------------------------------------------------------------- attention
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_prior_equals_plain_similarity(seed):
     E, ids, known, W = random_case(seed)
-    phi, seen = msd.descriptor(ids, msd.gram(E), known, W)
+    f, seen = msd.spectrum(ids, msd.gram(E), known, W)
+    phi = msd.unit(f)
     w = torch.exp(-torch.arange(W) / 3)
     w = w / w.sum()                                               # Eq 12
     difference = phi[:, :, None] - phi[:, None]
@@ -322,19 +346,19 @@ def test_layer_schedules_of_the_ablation():
 @pytest.mark.parametrize('seed', SEEDS)
 def test_exploration_score(seed):
     E, ids, known, W = random_case(seed)
-    phi, seen = msd.descriptor(ids, msd.gram(E), known, W)
-    omega = msd.complexity(phi)
+    f, seen = msd.spectrum(ids, msd.gram(E), known, W)
+    omega = msd.complexity(f)
     masked = everything(ids)
     p = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
-    b = msd.exploration(phi, seen, p, masked, 0.4)
+    b = msd.exploration(omega, seen, p, masked, 0.4)
     k = msd.zscore(omega, seen)
     u = msd.zscore(1 - p, masked)
     assert (b - torch.sigmoid(0.4 * k + 0.6 * u)).abs().max() < 1e-6      # Eqs 15-17
     assert (b > 0).all()
     assert (b < 1).all()
     # monotone: among tokens, less certain ones explore more; more complex ones too
-    only_u = msd.exploration(phi, seen, p, masked, 0.0)
-    only_k = msd.exploration(phi, seen, p, masked, 1.0)
+    only_u = msd.exploration(omega, seen, p, masked, 0.0)
+    only_k = msd.exploration(omega, seen, p, masked, 1.0)
     for row in range(len(ids)):
         assert (only_u[row][p[row].argsort()].diff() <= 1e-6).all()
         order = omega[row][seen[row]].argsort()
@@ -346,14 +370,15 @@ def test_uncertainty_is_compared_among_masked_tokens(seed):
     """Eq 17 is z-scored over what is being decoded: how sure the model is of kept tokens is
     nothing to it."""
     E, ids, known, W = random_case(seed)
-    phi, seen = msd.descriptor(ids, msd.gram(E), known, W)
+    f, seen = msd.spectrum(ids, msd.gram(E), known, W)
+    omega = msd.complexity(f)
     g = torch.Generator().manual_seed(seed)
     masked = torch.rand(ids.shape, generator=g) < 0.5
     p = torch.rand(ids.shape, generator=g)
-    b = msd.exploration(phi, seen, p, masked, 0.4)
+    b = msd.exploration(omega, seen, p, masked, 0.4)
     surer = torch.where(masked, p, 1.0)
-    assert torch.equal(msd.exploration(phi, seen, surer, masked, 0.4)[masked], b[masked])
-    only_u = msd.exploration(phi, seen, p, masked, 0.0)
+    assert torch.equal(msd.exploration(omega, seen, surer, masked, 0.4)[masked], b[masked])
+    only_u = msd.exploration(omega, seen, p, masked, 0.0)
     for row, hidden in enumerate(masked):
         if hidden.any():
             expected = torch.sigmoid(zscore_of(1 - p[row][hidden]))

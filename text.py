@@ -1,4 +1,15 @@
-"""Captions -> condition tokens, all that the transformers know of language. Two frozen encoders:
+"""Captions -> condition tokens, all that the transformers know of language.
+
+A caption becomes c (m, 512) with c_valid (m,): m condition tokens, the first of which speaks of the
+whole sentence. `text` says what follows it:
+
+    'sentence'  nothing: the papers' letter, and what official weights know
+    'clauses'   its clauses, each encoded by itself, in order. One vector of a sentence of three
+                actions loses their order: with clauses prompts of three actions succeed three times
+                as often on toy (RESULTS.md)
+    'words'     its words (CLIP: the states of its tokens, which have read the words before them)
+
+and two frozen encoders make vectors of them:
 
     'clip'  the text tower of OpenAI's ViT-B/32 through open_clip, un-normalized, as MoMask uses it.
             350 MB on first use.
@@ -6,9 +17,8 @@
             enough for toy and bandai, whose language is a small grammar. Pairs carry the order
             ("then kicks") that a bag of words loses.
 
-A caption becomes c (m, 512) with c_valid (m,): m condition tokens, of which the first speaks of the
-whole sentence. Today m = 1. Training never runs an encoder: vectors of a data set's captions are
-kept in a file beside it.
+Training never runs an encoder: a data set's captions are encoded once, each clause or word that
+they share a single time.
 """
 import hashlib
 import os
@@ -16,6 +26,8 @@ import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
 from runtime import atomic_write
@@ -23,28 +35,75 @@ from runtime import atomic_write
 DIM = 512
 
 
-def condition(captions, encoder, cache=None, device='cpu', tower=None):
-    """captions (list of N str) -> c (N, m, 512) float32, c_valid (N, m) bool, on the CPU.
+# words that the hash encoder does not hear: which of them somebody types is chance
+FUNCTION_WORDS = set('a an the he she they it is are his her their its to on with of at in'.split())
+MOST_TOKENS = 24   # condition tokens behind the sentence; what comes later is left out
+SEPARATOR = (r'[,.;!?]|\b(?:and|then|next|before|after that|afterwards|after|while|finally|lastly|'
+             r'first)\b')
 
-    encoder: 'clip' or 'hash'. cache: a folder in which CLIP's vectors are kept, so that only new
-    captions are computed. tower: takes the place of `clip_tower` (tests). UserError: no weights.
+
+def condition(captions, encoder, text='sentence', cache=None, device='cpu', tower=None):
+    """captions (list of N str) -> c (N, m, 512) float32, c_valid (N, m) bool, on the CPU."""
+    vectors, index = encode(captions, encoder, text, cache, device, tower)
+    return vectors[index], index > 0
+
+
+def encode(captions, encoder, text='sentence', cache=None, device='cpu', tower=None):
+    """captions (list of N str) -> vectors (U, 512) float32, index (N, m) int: caption i has the
+    condition tokens vectors[index[i]]. Vector 0 is zeros, and stands where a caption has no more.
+
+    encoder: 'clip' or 'hash'. text: 'sentence', 'clauses' or 'words'. cache: a folder in which
+    CLIP's vectors are kept, so that only new captions are computed. tower: takes the place of
+    `clip_tower` (tests). UserError: no weights.
     """
+    tower = tower or clip_tower
+    if encoder == 'clip' and text == 'words':
+        return word_states(captions, tower(device=device))
+    parts = [[caption, *pieces(caption, text)] for caption in captions]
+    place = {piece: 1 + i for i, piece in enumerate(dict.fromkeys(sum(parts, [])))}
     if encoder == 'hash':
-        vectors = hash_encode(captions)   # 20,000 captions a second: not worth a file
+        vectors = hash_encode(list(place))   # 20,000 captions a second: not worth a file
     else:
-        vectors = cached_encode(captions, cache, tower or clip_tower, device)
-    c = vectors[:, None]
-    return c, torch.ones(c.shape[:2], dtype=torch.bool)
+        vectors = cached_encode(list(place), cache, tower, device)
+    rows = [torch.tensor([place[piece] for piece in part]) for part in parts]
+    return F.pad(vectors, (0, 0, 1, 0)), pad_sequence(rows, batch_first=True)
 
 
 def words(caption):
     return re.findall(r"[a-z0-9']+", caption.lower())
 
 
+def stem(word):
+    """jogs, jogging, jog -> jog; raises, raising, raise -> rais: so that a prompt may inflect its
+    words in another way than the training captions do."""
+    return re.sub(r'(\w\w+?)(\w)\2?(?:ing|es|ed|s|e)?$', r'\1\2', word)
+
+
+def pieces(caption, text):
+    """What follows the sentence, a list of str: nothing, its clauses, or its words."""
+    found = []
+    if text == 'words':
+        found = words(caption)
+    if text == 'clauses':
+        clauses = re.split(SEPARATOR, caption.lower())
+        found = [clause.strip() for clause in clauses if words(clause)]
+    return found[:MOST_TOKENS]
+
+
+def word_states(captions, tower):
+    """As `encode`, for the words of CLIP: every caption has states of its own."""
+    unique = list(dict.fromkeys(captions))
+    states = [part[:1 + MOST_TOKENS] for part in tower(unique, states=True)]
+    first = 1 + np.cumsum([0] + [len(part) for part in states])
+    span = {caption: torch.arange(a, b) for caption, a, b in zip(unique, first, first[1:])}
+    vectors = F.pad(torch.cat(states), (0, 0, 1, 0))
+    return vectors, pad_sequence([span[caption] for caption in captions], batch_first=True)
+
+
 def hash_encode(captions):
-    """captions (list of N str) -> (N, 512) float32. Each word and each pair of neighbours adds its
-    own fixed Gaussian vector; the sum is scaled to norm sqrt(512), so that single entries are of
-    size 1 whatever the length."""
+    """captions (list of N str) -> (N, 512) float32. Each word's stem and each pair of neighbours
+    adds its own fixed Gaussian vector; the sum is scaled to norm sqrt(512), so that single entries
+    are of size 1 whatever the length."""
     table = {}
 
     def vector(feature):   # blake2b and not hash(): the same in every process, on every machine
@@ -56,7 +115,7 @@ def hash_encode(captions):
 
     out = np.zeros((len(captions), DIM), np.float32)
     for row, caption in zip(out, captions):
-        singles = words(caption)
+        singles = [stem(word) for word in words(caption) if word not in FUNCTION_WORDS]
         pairs = [f'{a} {b}' for a, b in zip(singles, singles[1:])]
         total = sum((vector(feature) for feature in singles + pairs), np.zeros(DIM))
         row[:] = total * np.sqrt(DIM) / max(np.linalg.norm(total), 1e-8)
@@ -84,8 +143,9 @@ def cached_encode(captions, cache, make_tower, device):
 
 def clip_tower(pretrained='openai', device='cpu'):
     """The frozen CLIP text encoder: a function from a list of N captions to (N, 512) float32,
-    un-normalized. The quickgelu variant, because OpenAI's weights were trained with it (plain
-    ViT-B-32 silently has another GELU). pretrained=None gives random weights (tests)."""
+    un-normalized; with states=True to a list of N tensors (1 + words, 512), the same and then the
+    states of its tokens. The quickgelu variant, because OpenAI's weights were trained with it
+    (plain ViT-B-32 silently has another GELU). pretrained=None gives random weights (tests)."""
     import open_clip   # 3 seconds, and only needed where a caption is new
     name = 'ViT-B-32-quickgelu'
     try:
@@ -110,12 +170,22 @@ def clip_tower(pretrained='openai', device='cpu'):
         x = model.token_embedding(ids[:, :L]) + model.positional_embedding[:L]
         x = model.transformer(x, attn_mask=model.attn_mask[:L, :L])
         x = model.ln_final(x)
-        return x[torch.arange(len(x)), last] @ model.text_projection
+        sentence = x[torch.arange(len(x)), last] @ model.text_projection
+        words = [states[1:end] for states, end in zip(x, last)]   # between start and end marks
+        return sentence, words
 
-    def encode(captions):
-        # vectors are cached: they must be the same whoever asks for them, so no autocast
-        with torch.autocast(torch.device(device).type, enabled=False):
-            parts = [encode_some(captions[i:i + 64]) for i in range(0, len(captions), 64)]
-        return torch.cat(parts).cpu() if parts else torch.zeros(0, DIM)
+    def encode(captions, states=False):
+        sentences = [torch.zeros(0, DIM)]
+        words = []
+        for i in range(0, len(captions), 64):
+            # vectors are cached: they must be the same whoever asks for them, so no autocast
+            with torch.autocast(torch.device(device).type, enabled=False):
+                sentence, some = encode_some(captions[i:i + 64])
+            sentences.append(sentence.cpu())
+            words += [part.cpu() for part in some]
+        sentences = torch.cat(sentences)
+        if not states:
+            return sentences
+        return [torch.cat([s[None], w]) for s, w in zip(sentences, words)]
 
     return encode

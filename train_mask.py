@@ -20,12 +20,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import text
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, Tokens, by_length, load_meta, load_split, tokenize
 from fast import keep_memory
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from runtime import count_flops, leave, load, lr_at, mean_over_ranks, save, setup
+from text import encode
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -35,6 +35,7 @@ vq = ''                      # tokenizer checkpoint, '' is out_dir/vq.pt
 stage = 'mask'               # 'mask' | 'res' | 'len'
 init_from = 'scratch'        # 'scratch' | 'resume': go on from <stage>_last.pt
 text_encoder = 'clip'        # 'clip' | 'hash', see text.py
+text = 'clauses'             # condition tokens: 'sentence' (the papers) | its 'clauses' | 'words'
 seed = 0
 # DynMask: Table 4's switches (the third, das_sampling, belongs to sample.py and eval_t2m.py)
 spectral_attn = True         # (I)  3.5, motion-aware attention
@@ -44,19 +45,25 @@ alpha0 = 0.3                 # Eq 14
 alpha_schedule = 'decay'     # Eq 14 over the layers: 'decay' | 'constant' | 'reversed'
 fusion = 'rescaled'          # 'zscore' (Eq 13 to the letter) | 'rescaled' | 'temperature'
 msd_embed = 'codebook'       # x_t of Eq 4: 'codebook' | 'learned'
+msd_gap = 'interp'           # velocities over masked tokens: interpolated | 'zero'
+omega = 'energy'             # Eq 8: the norm of the spectrum | 'flatness', the letter
 msd_attn = 'visible'         # attention's MSD: of 'visible' tokens | 'clean' (Algorithm 1, leaks)
 cfs_lambda = 0.3             # 3.4's lambda, the semantic quota
 cfs_noise = 1.0              # Gumbel noise on the scores; 0 is the letter: one mask for all epochs
+cfs_share = 1.0              # share of the clips that (II) masks, the others at random
+cfs_ramp = 0.0               # it grows up to that over this share of the steps
 r_exp = 0                    # 3.4's expansion radius, tokens
 remask = True                # 80/10/10 as BERT (MoMask Table 2); False: all chosen become [MASK]
+res_draw = 'cycle'           # which layer a row of --stage=res learns: in turn | 'release'
 # model, MoMask's sizes
-token_init = 'codebook'      # token embeddings start as the base codes | 'random' (MoMask)
+token_init = 'codebook'      # token embeddings start as code vectors | 'random' (MoMask)
 latent = 384
 n_layers = 8
 n_heads = 6
 ff = 1024
 dropout = 0.2
 # optimization
+optimizer = 'muon'           # for the trunk's matrices, AdamW for the rest | 'adamw' (papers)
 mask_iters = 150000
 res_iters = 150000
 len_iters = 2000
@@ -75,10 +82,12 @@ dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat
 compile = False              # torch.compile, with batches padded to one length: pays on a GPU
 config = configure(
     globals(), stage=('mask', 'res', 'len'), init_from=('scratch', 'resume'),
-    text_encoder=('clip', 'hash'), mask_by=('msd', 'velocity', 'random'),
+    text_encoder=('clip', 'hash'), text=('sentence', 'clauses', 'words'),
+    mask_by=('msd', 'velocity', 'random'),
     alpha_schedule=('decay', 'constant', 'reversed'),
     fusion=('rescaled', 'zscore', 'temperature'), msd_embed=('codebook', 'learned'),
-    msd_attn=('visible', 'clean'), token_init=('codebook', 'random'),
+    msd_gap=('interp', 'zero'), omega=('energy', 'flatness'), msd_attn=('visible', 'clean'),
+    token_init=('codebook', 'random'), res_draw=('cycle', 'release'), optimizer=('muon', 'adamw'),
     device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
@@ -110,8 +119,8 @@ def open_tokens(name):
     ids = tokenize(tokenizer, split, os.path.join(folder, f'tokens_{vq_hash}_{name}.npy'),
                    run.device)
     captions = [caption['text'] for caption in split.captions]
-    c, c_valid = text.condition(captions, text_encoder, folder, run.device)
-    return Tokens(split, ids, c, c_valid, run.device)
+    vectors, index = encode(captions, text_encoder, text, folder, run.device)
+    return Tokens(split, ids, vectors, index, run.device)
 
 
 train, val = open_tokens('train'), open_tokens('val')
@@ -131,15 +140,34 @@ else:
         n_codes=V, code_dim=tokenizer.config.code_dim, n_quantizers=Q, latent=latent,
         n_layers=n_layers, n_heads=n_heads, ff=ff, dropout=dropout, token_init=token_init,
         spectral_attn=spectral_attn and stage == 'mask', window=window, alpha0=alpha0,
-        alpha_schedule=alpha_schedule, fusion=fusion, msd_embed=msd_embed)
+        alpha_schedule=alpha_schedule, fusion=fusion, msd_embed=msd_embed, msd_gap=msd_gap,
+        omega=omega, res_draw=res_draw)
+    codebooks = [quantizer.codebook for quantizer in tokenizer.quantizers]
     if stage == 'mask':
-        model = MaskTransformer(shape, tokenizer.quantizers[0].codebook)
+        model = MaskTransformer(shape, codebooks[0])
     else:
-        model = ResTransformer(shape)
+        model = ResTransformer(shape, codebooks)
 model = model.to(run.device)
 iters = {'mask': mask_iters, 'res': res_iters, 'len': len_iters}[stage]
-optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99),
-                              weight_decay=weight_decay, fused=True)
+
+
+def make_optimizers():
+    """AdamW for everything, or Muon for the matrices of the trunk's layers, whose step has AdamW's
+    size (match_rms_adamw), so that both take the same learning rate."""
+    matrices = []
+    if optimizer == 'muon' and stage != 'len':
+        matrices = [p for p in model.trunk.layers.parameters() if p.ndim == 2]
+    ours = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in ours]
+    made = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+                              fused=True)]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
+                                     adjust_lr_fn='match_rms_adamw'))
+    return made
+
+
+optimizers = make_optimizers()
 
 # Draws are made for the global batch, on every rank alike. A rank then takes its `rows` and divides
 # by the global count, so that the mean over ranks is the loss of one process.
@@ -152,9 +180,9 @@ def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
     hidden, at random."""
     if stage == 'len':
         n = valid[rows].sum(1)
-        return net(c[rows], n) * len(n) / len(c)
+        return net(c[rows], c_valid[rows], n) * len(n) / len(c)
     if stage == 'res':
-        c = drop_text(c, res_cond_drop, generator)
+        c, c_valid = drop_text(c, c_valid, res_cond_drop, generator)
         row0 = rows.start or 0
         return net(ids[rows], c[rows], c_valid[rows], valid[rows], row0=row0,
                    n_targets=valid.sum())
@@ -162,22 +190,24 @@ def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
     base = ids[..., 0]
     signal = mask_by if share is None else 'random'
     masked, chosen = model.mask_tokens(base, c, valid, signal, cfs_lambda, r_exp, cfs_noise,
-                                       remask, share, generator)
+                                       cfs_now, remask, share, generator)
     targets = torch.where(chosen, base, -100)
     described = None
     if spectral_attn and msd_attn == 'clean' and share is None:   # not there at inference
-        described = model.descriptor(torch.where(valid, base, model.PAD)[rows])
-    c = drop_text(c, cond_drop, generator)   # after Eq 10 has read it
+        described = model.spectrum(torch.where(valid, base, model.PAD)[rows])
+    c, c_valid = drop_text(c, c_valid, cond_drop, generator)   # after Eq 10 has read it
     return net(masked[rows], c[rows], c_valid[rows], valid[rows], targets[rows], chosen.sum(),
                described)
 
 
-def drop_text(c, probability, generator):
-    """A share of texts (B, m, 512) becomes zeros: no text. All stay while validating."""
+def drop_text(c, c_valid, probability, generator):
+    """A share of texts (B, m, 512) becomes no text: zeros, of which only the sentence's is seen.
+    All stay while validating."""
     if not model.training:
-        return c
-    u = torch.rand(len(c), 1, 1, device=c.device, generator=generator)
-    return c * (u >= probability)
+        return c, c_valid
+    stays = torch.rand(len(c), 1, 1, device=c.device, generator=generator) >= probability
+    c_valid = torch.cat([c_valid[:, :1], c_valid[:, 1:] & stays[..., 0]], 1)
+    return c * stays, c_valid
 
 
 @torch.no_grad()
@@ -218,13 +248,14 @@ def flops_of_a_token():
     state = run.generator.get_state()
     flops = count_flops(work)
     run.generator.set_state(state)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return flops / batch[-1].numel()
 
 
 # start, or go on
 it0 = 0
 best = math.inf
+cfs_now = cfs_share
 history = []
 pending = []   # batches of captions that are drawn, and not yet used
 flops = flops_of_a_token()
@@ -241,7 +272,8 @@ if init_from == 'resume':
         raise UserError(f'{path} is a model of another config ({last["config"]}), this run asks '
                         f'for {shape and asdict(shape)}.')
     model.load_state_dict(last['model'])
-    optimizer.load_state_dict(last['optimizer'])
+    for optim, state in zip(optimizers, last['optimizers'], strict=True):
+        optim.load_state_dict(state)
     run.generator.set_state(last['generator'])
     it0, best = last['it'], last['best']
     history, pending = last['history'], last['pending']
@@ -265,8 +297,10 @@ clock, since, tokens = time.perf_counter(), it0, 0
 bar = tqdm(range(it0, iters), initial=it0, total=iters, disable=not run.main, desc=stage,
            mininterval=1)
 for it in bar:
-    for group in optimizer.param_groups:
-        group['lr'] = lr_at(it, lr, warmup, iters)
+    for optim in optimizers:
+        for group in optim.param_groups:
+            group['lr'] = lr_at(it, lr, warmup, iters)
+    cfs_now = cfs_share * min(1.0, (it + 1) / max(1.0, cfs_ramp * iters))
 
     if not pending:   # draw POOL batches at once, and deal them out by length in random order
         pool = train.draw(POOL * batch_size, run.generator)
@@ -280,8 +314,9 @@ for it in bar:
         loss = loss * run.world   # DDP averages over ranks
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optim in optimizers:
+        optim.step()
+    model.zero_grad(set_to_none=True)
 
     tokens += batch[-1].numel()
     if (it + 1) % log_every == 0:
@@ -304,8 +339,9 @@ for it in bar:
             checkpoint(f'{stage}.pt', it=it + 1, val=losses)
         cuda_rng = {} if run.device == 'cpu' else {'cuda_rng': torch.cuda.get_rng_state()}
         checkpoint(f'{stage}_last.pt', it=it + 1, best=best, history=history, pending=pending,
-                   optimizer=optimizer.state_dict(), generator=run.generator.get_state(),
-                   rng=torch.get_rng_state(), device=run.device[:4], **cuda_rng)
+                   optimizers=[optim.state_dict() for optim in optimizers],
+                   generator=run.generator.get_state(), rng=torch.get_rng_state(),
+                   device=run.device[:4], **cuda_rng)
         if run.main:
             figures = ', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())
             tqdm.write(f'step {it + 1}: val cross-entropy {figures}')

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, Windows, load_meta, load_split, tokenize
 from fast import keep_memory
-from motion import features_to_joints
+from motion import SKELETONS, features_to_joints
 from runtime import count_flops, leave, load, lr_at, mean_over_ranks, save, setup
 from vq import RVQVAE, VQConfig, load_tokenizer
 
@@ -47,6 +47,7 @@ vq_warmup = 2000
 weight_decay = 0.0
 grad_clip = 1.0
 w_position = 0.5             # weight of the joint position term
+w_foot = 0.0                 # weight of the foot term, see `foot_steps`; MoMask has none
 w_commit = 0.02              # MoMask's beta; its term is the mean over quantizers here
 vq_eval_every = 1000
 log_every = 50               # the loss is fetched from the device only then
@@ -96,6 +97,32 @@ def get_batch(windows, generator):
     return model.normalize(windows.batch(vq_batch, generator, run.rank, run.world))
 
 
+def foot_steps(features):
+    """How far each foot joint goes from one frame to the next, over the ground: features (B, T, D),
+    not normalized -> (B, T - 1, 4, 2) metres, in the body's heading at the second frame.
+
+    The error of a position says nothing of it: 5 mm now ahead and now behind are a foot that slides
+    a centimetre a frame. Between two frames the root turns by feature 0 (half the angle) and goes
+    by features 1 and 2, so nothing has to be integrated.
+    """
+    joint = torch.tensor(SKELETONS[meta['skeleton']].feet, device=features.device) - 1
+    x, z = (features[..., 4 + 3 * joint + axis] for axis in (0, 2))       # (B, T, 4)
+    half_turn, root_x, root_z = (features[:, :-1, i, None] for i in range(3))
+    cos, sin = (2 * half_turn).cos(), (2 * half_turn).sin()
+    step_x = x[:, 1:] + root_x - (cos * x[:, :-1] + sin * z[:, :-1])
+    step_z = z[:, 1:] + root_z - (cos * z[:, :-1] - sin * x[:, :-1])
+    return torch.stack([step_x, step_z], -1) / meta['units_per_metre']
+
+
+def foot_error(x, y):
+    """Feet of reconstructions y that go where those of real motions x stand: the mean distance in
+    metres a frame over real contacts. Both (B, T, D), normalized."""
+    real, ours = model.denormalize(x), model.denormalize(y)
+    stands = real[:, :-1, -4:] > 0.5
+    error = (foot_steps(ours) - foot_steps(real)).norm(dim=-1)
+    return (error * stands).sum() / stands.sum().clamp(min=1)
+
+
 def compute_loss(net, x, n_active=None):
     """MoMask Eq 2 with smooth L1: x (B, T, D) -> loss, reconstruction (B, T, D), ids, residuals."""
     with run.autocast():
@@ -104,17 +131,20 @@ def compute_loss(net, x, n_active=None):
     position = slice(4, 4 + (J - 1) * 3)
     loss = F.smooth_l1_loss(y, x)
     loss = loss + w_position * F.smooth_l1_loss(y[..., position], x[..., position])
+    if w_foot:
+        loss = loss + w_foot * foot_error(x, y)
     return loss + w_commit * commit, y, ids, seen
 
 
 @torch.no_grad()
 def evaluate(batches=4):
-    """Loss, and MPJPE in mm as in the field (pelvis at the origin), on the same validation windows
-    every time."""
+    """On the same validation windows every time: loss, MPJPE in mm as in the field (pelvis at the
+    origin, so it is blind to feet that slide), and the error of standing feet in cm a frame."""
     model.eval()
     g = torch.Generator(run.device).manual_seed(1)
     total = 0.0
     error = 0.0
+    foot = 0.0
     for _ in range(batches):
         x = get_batch(val_windows, g)
         loss, y, _, _ = compute_loss(net, x)
@@ -123,8 +153,9 @@ def evaluate(batches=4):
         difference = (real - real[..., :1, :]) - (ours - ours[..., :1, :])
         total += mean_over_ranks(loss) / batches
         error += mean_over_ranks(difference.norm(dim=-1).mean().to(run.device)) / batches
+        foot += mean_over_ranks(foot_error(x, y)) / batches
     model.train()
-    return total, 1000 * error / meta['units_per_metre']
+    return total, 1000 * error / meta['units_per_metre'], 100 * foot
 
 
 def checkpoint(name, **more):
@@ -199,21 +230,20 @@ for it in bar:
                             '--vq_lr.')
         rate = (it + 1 - since) * vq_batch / (time.perf_counter() - clock)
         mfu = rate * flops / run.world / run.peak
-        best_so_far = f', best {best:.1f} mm' if best < math.inf else ''
-        bar.set_postfix_str(f'loss {loss:.4f}, {rate:.0f} windows/s, MFU {mfu:.0%}{best_so_far}')
+        bar.set_postfix_str(f'loss {loss:.4f}, {rate:.0f} windows/s, MFU {mfu:.0%}')
         clock, since = time.perf_counter(), it + 1
 
     if (it + 1) % vq_eval_every == 0 or it + 1 == vq_iters:
-        val_loss, mm = evaluate()
-        if mm < best:
-            best = mm
-            checkpoint('vq.pt', it=it + 1, mpjpe=mm)
+        val_loss, mm, foot = evaluate()
+        if val_loss < best:
+            best = val_loss
+            checkpoint('vq.pt', it=it + 1, mpjpe=mm, foot=foot)
         checkpoint('vq_last.pt', it=it + 1, best=best, history=history,
                    optimizer=optimizer.state_dict(), generator=run.generator.get_state())
         if run.main:
             used = ids[..., 0].unique().numel()
-            tqdm.write(f'step {it + 1}: val loss {val_loss:.4f}, val MPJPE {mm:.1f} mm, '
-                       f'{used} of {n_codes} base codes in the last batch')
+            tqdm.write(f'step {it + 1}: val loss {val_loss:.4f}, MPJPE {mm:.1f} mm, feet '
+                       f'{foot:.2f} cm/frame, {used} of {n_codes} base codes in the last batch')
         clock, since = time.perf_counter(), it + 1
 
 if run.main:
@@ -221,6 +251,6 @@ if run.main:
     for name, split in (('train', train), ('val', val)):
         path = os.path.join(folder, f'tokens_{tokenizer.fingerprint()}_{name}.npy')
         tokenize(tokenizer, split, path, run.device)
-    print(f'{out_dir}/vq.pt: val MPJPE {best:.1f} mm on windows of {window_frames} frames. '
+    print(f'{out_dir}/vq.pt: val loss {best:.4f} on windows of {window_frames} frames. '
           f'Next: python train_mask.py {" ".join(sys.argv[1:])}')
 leave(run)

@@ -10,6 +10,7 @@ vq_iters = 1400
 vq_batch = 64
 vq_lr = 1e-3
 vq_warmup = 50
+w_foot = 2.0
 vq_eval_every = 500
 # transformers
 latent = 192

@@ -4,6 +4,7 @@ against plain ones.
 The golden arrays and checkpoints of the reference code lie in ../shared/golden; those tests skip
 where it is absent.
 """
+import math
 import os
 import pickle
 import shutil
@@ -21,7 +22,8 @@ import text
 from configurator import UserError
 from fast import dropout
 from generate import Pipeline, generate_base, generate_residual, guided, sample, twice
-from model import Attention, LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
+from model import (Attention, LengthEstimator, MaskTransformer, ModelConfig, ResTransformer,
+                   layer_pattern)
 from runtime import load, save
 from vq import RVQVAE, VQConfig
 
@@ -139,7 +141,9 @@ def test_official_res_transformer(data):
 def test_official_length_estimator(data):
     g = golden(data, 'length_estimator')
     estimator = momask.length_estimator(root(data), data)
-    assert worst(estimator(g['text_emb'][:, None]), g['logits']) < 1e-4
+    c = g['text_emb'][:, None]
+    c_valid = torch.ones(c.shape[:2], dtype=torch.bool)
+    assert worst(estimator(c, c_valid), g['logits']) < 1e-4
 
 
 @needs_golden
@@ -154,7 +158,7 @@ def test_official_pipeline_generates(data):
     motions = pipe.features(ids, n)
     assert [len(m) for m in motions] == [40, 16, 28]
     assert all(np.isfinite(m).all() for m in motions)
-    lengths = pipe.lengths(c)
+    lengths = pipe.lengths(c, c_valid)
     assert (lengths >= 1).all()
     assert (lengths <= 49).all()
 
@@ -326,7 +330,8 @@ def test_motion_aware_attention_equals_plain(fusion, seed, monkeypatch):
     B, n = 4, 21
     valid = first_of(n, torch.randint(2, n + 1, (B,)))
     ids = torch.where(torch.rand(B, n) < 0.3, 20, torch.randint(20, (B, n)))
-    phi, seen = msd.descriptor(ids, msd.gram(torch.randn(20, 8)), (ids < 20) & valid, 6)
+    f, seen = msd.spectrum(ids, msd.gram(torch.randn(20, 8)), (ids < 20) & valid, 6)
+    phi = msd.unit(f)
     x = torch.randn(B, n + 1, 24) * 3
     full = F.pad(valid, (1, 0), value=True)
     pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
@@ -366,17 +371,17 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
     """Six training steps with the closed forms and six with the letter of Eq 13: the same losses,
     to rounding."""
     fast_losses = losses_of_six_steps(fusion)
-    descriptor = MaskTransformer.descriptor
+    spectrum = MaskTransformer.spectrum
     last = {}
 
     def remember(self, ids):
-        last['phi'], last['seen'] = descriptor(self, ids)
-        return last['phi'], last['seen']
+        last['f'], last['seen'] = spectrum(self, ids)
+        return last['f'], last['seen']
 
     def forward(self, x, valid, pad, prior):
-        return plain_attention(self, x, valid, last['phi'], last['seen'])
+        return plain_attention(self, x, valid, msd.unit(last['f']), last['seen'])
 
-    monkeypatch.setattr(MaskTransformer, 'descriptor', remember)
+    monkeypatch.setattr(MaskTransformer, 'spectrum', remember)
     monkeypatch.setattr(Attention, 'forward', forward)
     plain_losses = losses_of_six_steps(fusion)
     assert np.abs(fast_losses - plain_losses).max() < 1e-4
@@ -529,7 +534,8 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
     estimator = LengthEstimator().eval()
     lengths = torch.randint(50, (5,))
-    assert worst(estimator(c, lengths), F.cross_entropy(estimator(c), lengths)) < 1e-6
+    expected = F.cross_entropy(estimator(c, c_valid), lengths)
+    assert worst(estimator(c, c_valid, lengths), expected) < 1e-6
 
 
 def test_dropout_keeps_mean_and_share():
@@ -545,14 +551,13 @@ def test_dropout_keeps_mean_and_share():
 def test_learned_embedding_feeds_msd_without_gradient():
     m = MaskTransformer(ModelConfig(**SMALL, msd_embed='learned'))
     ids = torch.randint(20, (2, 10))
-    phi, seen = m.descriptor(ids)
+    f, seen = m.spectrum(ids)
     assert seen.all()
-    assert phi.norm(dim=-1).max() < 1.001
-    assert not phi.requires_grad
-    before = phi.clone()
+    assert not f.requires_grad
+    before = f.clone()
     with torch.no_grad():
         m.token_emb.weight.normal_()
-    assert worst(before, m.descriptor(ids)[0]) > 1e-3
+    assert worst(before, m.spectrum(ids)[0]) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------ masking
@@ -606,13 +611,13 @@ def small():
     return small_mask().eval(), small_res().eval(), *texts(4), n, first_of(12, n)
 
 
-@pytest.mark.parametrize('das', [False, True])
+@pytest.mark.parametrize('das_sampling', [False, True])
 @pytest.mark.parametrize('msd_decode', ['kept', 'guess'])
-def test_generate(das, msd_decode, small):
+def test_generate(das_sampling, msd_decode, small):
     m, r, c, c_valid, n, valid = small
 
     def make(seed):
-        return generate_base(m, c, c_valid, n, das=das, msd_decode=msd_decode,
+        return generate_base(m, c, c_valid, n, das_sampling=das_sampling, msd_decode=msd_decode,
                              generator=seeded(seed))
 
     ids = make(0)
@@ -625,22 +630,22 @@ def test_generate(das, msd_decode, small):
     assert torch.equal(full[..., 0][valid], ids[valid])
     assert (full < 20).all()
     assert (full[~valid] == 0).all()
-    assert (generate_base(m, c, c_valid, n, steps=1, das=das)[valid] < 20).all()
+    assert (generate_base(m, c, c_valid, n, steps=1, das_sampling=das_sampling)[valid] < 20).all()
 
 
-@pytest.mark.parametrize('das', [False, True])
+@pytest.mark.parametrize('das_sampling', [False, True])
 @pytest.mark.parametrize('given', [5, 12])
-def test_known_tokens_stay(das, given, small):
+def test_known_tokens_stay(das_sampling, given, small):
     m, _, c, c_valid, n, valid = small
     known = torch.randint(20, (4, 12))
     known[:, given:] = -1   # with 12 everything is given
-    ids = generate_base(m, c, c_valid, n, known, das=das, generator=seeded(0))
+    ids = generate_base(m, c, c_valid, n, known, das_sampling=das_sampling, generator=seeded(0))
     kept = valid & (known >= 0)
     assert torch.equal(ids[kept], known[kept])
     assert (ids[valid] >= 0).all()
     assert (ids[valid] < 20).all()
     assert (ids[~valid] == m.PAD).all()
-    other = generate_base(m, c, c_valid, n, known, das=das, generator=seeded(1))
+    other = generate_base(m, c, c_valid, n, known, das_sampling=das_sampling, generator=seeded(1))
     assert torch.equal(ids, other) == (given == 12)
 
 
@@ -665,15 +670,16 @@ def test_anneal_and_top_share(small):
     assert (ids[~valid] == m.PAD).all()
 
     def greedy(seed):   # one code of 20 can be drawn: nothing is left to chance
-        return generate_base(m, c, c_valid, n, das=False, top_share=0.05, generator=seeded(seed))
+        return generate_base(m, c, c_valid, n, das_sampling=False, top_share=0.05,
+                             generator=seeded(seed))
 
     assert torch.equal(greedy(0), greedy(1))
 
 
 def test_width_is_only_padding(small):
     m, _, c, c_valid, n, valid = small
-    narrow = generate_base(m, c, c_valid, n, das=False, top_share=0.05)
-    wide = generate_base(m, c, c_valid, n, das=False, top_share=0.05, width=20)
+    narrow = generate_base(m, c, c_valid, n, das_sampling=False, top_share=0.05)
+    wide = generate_base(m, c, c_valid, n, das_sampling=False, top_share=0.05, width=20)
     assert wide.shape == (4, 20)
     assert torch.equal(wide[:, :12], narrow)
     assert (wide[:, 12:] == m.PAD).all()
@@ -693,7 +699,7 @@ def test_number_of_residual_layers(small):
         assert [len(motion) for motion in pipe.features(ids, n)] == [48, 4, 28, 36]
     assert torch.equal(base_only[valid], full[valid][:, :1])
     with pytest.raises(UserError, match='no length estimator'):
-        pipe.lengths(c)
+        pipe.lengths(c, c_valid)
 
 
 def test_one_graph_for_all_steps_and_lengths():
@@ -729,7 +735,7 @@ def test_one_graph_for_all_steps_and_lengths():
         for length in (4, 7, 12):
             valid = first_of(12, [length, length])
             ids = torch.where(valid, m.MASK, m.PAD)
-            step(ids, c, c_valid, valid, described=m.descriptor(ids))
+            step(ids, c, c_valid, valid, described=m.spectrum(ids))
     assert len(graphs) == before + 1
 
 
@@ -761,6 +767,94 @@ def test_hashed_text_is_stable_and_knows_order():
     assert torch.equal(alone[0, 0], a)
 
 
+def test_clauses():
+    def clauses(caption):
+        return text.pieces(caption, 'clauses')
+
+    assert clauses('a person walks forward, then kicks with the left leg') == [
+        'a person walks forward', 'kicks with the left leg']
+    assert clauses('he turns around and, after that, sits down before waving.') == [
+        'he turns around', 'sits down', 'waving']
+    assert clauses('First she runs; finally she stands') == ['she runs', 'she stands']
+    assert clauses('a thenar andante') == ['a thenar andante']   # words, not parts of words
+    assert clauses(' , and then!') == []
+    assert len(clauses('walks, ' * 100)) == text.MOST_TOKENS
+
+
+@pytest.mark.parametrize('mode', ['sentence', 'clauses', 'words'])
+def test_condition_tokens(mode):
+    """The sentence comes first whatever follows; what captions share is kept once."""
+    captions = ['a man walks, then jumps', 'a man walks', 'jumps']
+    vectors, index = text.encode(captions, 'hash', mode)
+    c, c_valid = text.condition(captions, 'hash', mode)
+    assert torch.equal(c, vectors[index])
+    assert torch.equal(c_valid, index > 0)
+    sentences, _ = text.condition(captions, 'hash')
+    assert torch.equal(c[:, :1], sentences)
+    assert not vectors[0].any()
+    expected = {'sentence': [1, 1, 1], 'clauses': [3, 2, 2], 'words': [6, 4, 2]}[mode]
+    assert c_valid.sum(1).tolist() == expected
+    unique = {'sentence': 3, 'clauses': 3, 'words': 7}[mode]
+    assert len(vectors) == 1 + unique
+    if mode == 'clauses':
+        assert index[0, 2] == index[2, 0]   # "jumps" is a clause here, and a sentence there
+
+
+def test_hashed_words_may_be_inflected():
+    def vector(caption):
+        return text.condition([caption], 'hash')[0][0, 0]
+
+    assert torch.equal(vector('a person jogs'), vector('the person is jogging'))
+    assert torch.equal(vector('raises arms'), vector('raising his arms'))
+    assert worst(vector('a person jogs'), vector('a person jumps')) > 0.1
+
+
+def test_order_of_clauses_matters_and_padding_does_not(small):
+    m, _, _, _, _, valid = small
+    ids = torch.randint(20, valid.shape)
+    c = torch.randn(4, 4, 512)
+    c_valid = torch.tensor([True, True, True, False]).expand(4, 4)
+    with torch.no_grad():
+        out = m(ids, c, c_valid, valid)
+        swapped = m(ids, c[:, [0, 2, 1, 3]], c_valid, valid)
+        other = m(ids, torch.cat([c[:, :3], torch.randn(4, 1, 512)], 1), c_valid, valid)
+        shorter = m(ids, c[:, :3], c_valid[:, :3], valid)
+    assert worst(out[valid], swapped[valid]) > 1e-4
+    assert worst(out[valid], other[valid]) < 1e-6
+    assert worst(out[valid], shorter[valid]) < 1e-5
+
+
+def test_guidance_without_text_knows_nothing_of_its_clauses(small):
+    """Two prompts with 1 and 3 clauses have one unconditional half."""
+    m = small[0]
+    n = torch.tensor([8, 8])
+    c = torch.randn(2, 4, 512)
+    c_valid = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    seen = []
+    forward = m.forward
+
+    def remember(*arguments, **more):
+        seen.append(forward(*arguments, **more))
+        return seen[-1]
+
+    m.forward = remember
+    generate_base(m, c, c_valid, n, steps=1)
+    m.forward = forward
+    cond, uncond = seen[0].chunk(2)
+    assert worst(uncond[0], uncond[1]) < 1e-5
+    assert worst(cond[0], cond[1]) > 1e-3
+
+
+def test_layers_that_rows_learn():
+    assert layer_pattern(5, 'cycle') == [1, 2, 3, 4, 5]
+    release = layer_pattern(5, 'release')
+    assert set(release) == {1, 2, 3, 4, 5}
+    share = np.bincount(release, minlength=6) / len(release)
+    u = torch.rand(100_000, generator=seeded(0))
+    drawn = 1 + ((1 - torch.cos(math.pi * u / 2)) * 4).round().long()
+    assert np.abs(share - np.bincount(drawn, minlength=6) / 100_000).max() < 0.04
+
+
 def test_clip_tower_and_its_cache(tmp_path):
     """The real open_clip path, with a randomly initialised tower: nothing is downloaded."""
     open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
@@ -775,7 +869,7 @@ def test_clip_tower_and_its_cache(tmp_path):
         return encode
 
     def encode(captions):
-        c, c_valid = text.condition(captions, 'clip', str(tmp_path), tower=make_tower)
+        c, c_valid = text.condition(captions, 'clip', cache=str(tmp_path), tower=make_tower)
         assert c_valid.shape == c.shape[:2]
         assert c_valid.all()
         return c

@@ -1,0 +1,20 @@
+# Everything where we left the letter of the papers, taken back; behind another config file:
+#     python train_vq.py   config/toy.py config/letter.py --out_dir=out/letter
+#     python train_mask.py config/toy.py config/letter.py --out_dir=out/letter
+# is DynMask as published, and with --spectral_attn=False --mask_by=random MoMask. The README's
+# table says what each of these lines changes.
+text = 'sentence'
+optimizer = 'adamw'
+token_init = 'random'
+msd_embed = 'learned'
+msd_attn = 'clean'
+msd_gap = 'zero'
+omega = 'flatness'
+fusion = 'zscore'
+cfs_share = 1.0
+cfs_ramp = 0.0
+cfs_noise = 0.0
+grad_clip = 1e9
+res_cond_drop = 0.2
+res_draw = 'release'
+w_foot = 0.0

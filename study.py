@@ -1,0 +1,133 @@
+"""Which settings pay? The same training with a list of overrides and several seeds, as one table:
+
+    python study.py config/toy.py --what=dynmask --seeds=2 --steps=1000
+    python study.py config/toy.py --what=letter                        # one departure at a time
+    python study.py config/bandai.py --what=dynmask --steps=3000
+
+Every variant is `train_mask.py` and then `eval_t2m.py` on the validation split (base tokens only,
+so that residual layers hide nothing), with the config's own tokenizer and evaluator, which must be
+there. A run that is finished is not done again. The table is of what lies in out_dir, with the
+mean over seeds and, behind ±, half the distance of the furthest two.
+"""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from configurator import HERE, UserError, configure
+
+# -----------------------------------------------------------------------------
+data = 'toy'
+what = 'dynmask'             # a list of STUDIES
+seeds = 2
+steps = 1000                 # of the masked transformer
+repeats = 2                  # of the evaluation
+out_dir = ''                 # '' is out/study_<data>
+configure(globals())
+# -----------------------------------------------------------------------------
+LETTER = dict(text='sentence', optimizer='adamw', msd_gap='zero', omega='flatness')
+OFF = dict(spectral_attn=False, mask_by='random')
+STUDIES = {
+    # Table 4: does the method beat its own baseline, all else equal?
+    'dynmask': {
+        'baseline': OFF,
+        'attention': dict(mask_by='random'),
+        'CFS': dict(spectral_attn=False),
+        'both': {},
+    },
+    # the same, where everything else is as published too
+    'published': {
+        'MoMask': LETTER | OFF,
+        'attention': LETTER | dict(mask_by='random'),
+        'CFS': LETTER | dict(spectral_attn=False),
+        'DynMask': LETTER,
+    },
+    # each departure from the papers, taken back by itself
+    'letter': {
+        'ours': {},
+        'sentence': dict(text='sentence'),
+        'words': dict(text='words'),
+        'AdamW': dict(optimizer='adamw'),
+        'gap zero': dict(msd_gap='zero', mask_by='random', spectral_attn=True),
+        'gap interpolated': dict(msd_gap='interp', mask_by='random', spectral_attn=True),
+    },
+    # why the attention helps or hurts
+    'attention': {
+        'off': OFF,
+        'alpha0 .1': dict(mask_by='random', spectral_attn=True, alpha0=0.1),
+        'alpha0 .3': dict(mask_by='random', spectral_attn=True),
+        'alpha0 .5': dict(mask_by='random', spectral_attn=True, alpha0=0.5),
+        'constant': dict(mask_by='random', spectral_attn=True, alpha_schedule='constant'),
+        'reversed': dict(mask_by='random', spectral_attn=True, alpha_schedule='reversed'),
+        'W = 4': dict(mask_by='random', spectral_attn=True, window=4),
+        'temperature': dict(mask_by='random', spectral_attn=True, fusion='temperature'),
+        'Eq 13': dict(mask_by='random', spectral_attn=True, fusion='zscore'),
+    },
+    # how to mask by content
+    'cfs': {
+        'random': dict(mask_by='random'),
+        'flatness': dict(mask_by='msd', omega='flatness'),
+        'energy': dict(mask_by='msd', omega='energy'),
+        'velocity': dict(mask_by='velocity'),
+        'half': dict(mask_by='msd', cfs_share=0.5),
+        'half, ramp': dict(mask_by='msd', cfs_share=0.5, cfs_ramp=1.0),
+    },
+}
+if what not in STUDIES:
+    raise UserError(f'what is {what}, expected {", ".join(STUDIES)}.')
+files = [arg for arg in sys.argv[1:] if not arg.startswith('--')]
+trained = os.path.join('out', data)
+out_dir = out_dir or f'out/study_{data}'
+for file in ('vq.pt', 'evaluator.pt'):
+    if not os.path.exists(os.path.join(trained, file)):
+        raise UserError(f'{trained}/{file} is missing: run train_vq.py and train_eval.py first.')
+
+
+def script(name, **settings):
+    """Run one of the project's scripts, with its output in a log file."""
+    arguments = [f'--{key}={value}' for key, value in settings.items()]
+    with open(os.path.join(settings['out_dir'], name + '.log'), 'w') as log:
+        code = subprocess.run([sys.executable, os.path.join(HERE, name), *files, *arguments],
+                              stdout=log, stderr=log).returncode
+    if code:
+        raise UserError(f'{name} failed, see {log.name}.')
+
+
+def measure(overrides, seed, folder):
+    """Train and judge one variant -> its figures, {name: value}."""
+    result = os.path.join(folder, 'val.json')
+    if not os.path.exists(result):
+        os.makedirs(folder, exist_ok=True)
+        script('train_mask.py', out_dir=folder, vq=os.path.join(trained, 'vq.pt'), seed=seed,
+               mask_iters=steps, eval_every=steps, **overrides)
+        script('eval_t2m.py', out_dir=folder, evaluator=os.path.join(trained, 'evaluator.pt'),
+               split='val', repeats=repeats, mm_batches=0, eval_json=result)
+    with open(result) as f:
+        judged = json.load(f)
+    figures = {f'CE {share}': loss for share, loss in judged['val'].items()}
+    return figures | {name: cell[0] for name, cell in judged['rows']['base tokens only'].items()}
+
+
+names = ['CE 30%', 'CE 60%', 'CE 90%', 'detectors', '1 action', '2 actions', '3 actions', 'R@3',
+         'FID', 'slide cm']
+table = []
+for variant, overrides in STUDIES[what].items():
+    runs = []
+    for seed in range(seeds):
+        slug = ''.join(c if c.isalnum() else '-' for c in variant)
+        folder = os.path.join(out_dir, f'{what}_{slug}_{steps}_{seed}')
+        runs.append(measure(overrides, seed, folder))
+    cells = []
+    for name in names:
+        values = [figures.get(name, np.nan) for figures in runs]
+        cells.append(f'{np.mean(values):.3f} ±{np.ptp(values) / 2:.3f}')
+    table.append(f'| {variant} | ' + ' | '.join(cells) + ' |')
+    print(table[-1], flush=True)
+
+heading = f'\n{data}, {steps} steps, {seeds} seeds\n\n| {what} | ' + ' | '.join(names) + ' |\n'
+heading += '| --- ' * (len(names) + 1) + '|\n'
+with open(os.path.join(out_dir, f'{what}_{steps}.md'), 'w') as f:
+    f.write(heading + '\n'.join(table) + '\n')
+print(heading + '\n'.join(table))
