@@ -9,6 +9,7 @@ does not use is fine as long as some script here does. On the command line a key
 script's own. A mistake anywhere in the project is a UserError: one sentence, exit code 2.
 """
 import ast
+import functools
 import glob
 import os
 import sys
@@ -36,6 +37,7 @@ def install_error_hook():
     sys.excepthook = hook
 
 
+@functools.cache   # a config file asks once for every key that belongs to another script
 def keys_of_all_scripts():
     """Names assigned at the top level of any file here."""
     names = set()
