@@ -3,19 +3,17 @@ not have."""
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import PROJECT, PYTHON, run_script
 
 import data
 import evaluator as E
 from configurator import UserError
 from evaluator import Evaluator, Words
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(PROJECT, '..', 'shared', 'golden')
 golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason='no ../shared/golden here')
 each = pytest.mark.parametrize('name', ['t2m', 'kit'])
@@ -381,17 +379,15 @@ def test_train_eval_smoke(tmp_path):
     write_data(tmp_path / 'data')
     out = tmp_path / 'out'
 
-    def run(*settings, data_dir=tmp_path / 'data'):
-        return subprocess.run(
-            [sys.executable, os.path.join(PROJECT, 'train_eval.py'), '--data=fake',
-             f'--data_dir={data_dir}', f'--out_dir={out}', *settings],
-            cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    def run(*settings, name='data', launcher=None):
+        return run_script(tmp_path, 'train_eval.py', '--data=fake', f'--data_dir={name}',
+                          '--out_dir=out', *settings, launcher=launcher)
 
-    p = run('--ev_steps=30', '--ev_ae_steps=5', '--ev_batch=32', '--ev_eval_every=15',
-            '--ev_movement=32', '--ev_code=32', '--ev_motion_hidden=32', '--ev_text_hidden=32',
-            '--ev_out=32', '--ev_lr=5e-3')
-    assert p.returncode == 0, p.stderr
+    code, _, err = run(
+        '--ev_steps=30', '--ev_ae_steps=5', '--ev_batch=32', '--ev_eval_every=15',
+        '--ev_movement=32', '--ev_code=32', '--ev_motion_hidden=32', '--ev_text_hidden=32',
+        '--ev_out=32', '--ev_lr=5e-3')
+    assert code == 0, err
     assert sorted(os.listdir(out)) == ['evaluator.json', 'evaluator.pt']
     with open(out / 'evaluator.json') as f:
         figures = json.load(f)
@@ -400,11 +396,11 @@ def test_train_eval_smoke(tmp_path):
     again = Evaluator.load(out / 'evaluator.pt')
     assert again.embed_text(['walk/VERB']).shape == (1, 32)
     # the evidence alone, of the evaluator saved before, is the same evidence
-    p = run('--ev_test_only=True')
-    assert p.returncode == 0, p.stderr
+    code, _, err = run('--ev_test_only=True')
+    assert code == 0, err
     with open(out / 'evaluator.json') as f:
         repeated = json.load(f)
     assert repeated['noise'] == figures['noise']
-    p = run(data_dir=tmp_path / 'nothing')
-    assert p.returncode == 2
-    assert 'prepare_data.py' in p.stderr and 'Traceback' not in p.stderr
+    code, _, err = run(name='nothing', launcher=PYTHON)
+    assert code == 2
+    assert 'prepare_data.py' in err and 'Traceback' not in err
