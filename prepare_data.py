@@ -121,7 +121,7 @@ def in_parallel(work, jobs, title, ahead=64):
 
 # ---------------------------------------------------------------------------------------------- toy
 
-TOY_SIZES = {'train': 2000, 'val': 200, 'test': 400}
+TOY_SIZES = {'train': 6000, 'val': 200, 'test': 400}
 TOY_FIRST_SEED = {'train': 0, 'val': 10_000_000, 'test': 20_000_000}   # no clip is in two splits
 TOY_CONTACT = 1e-4   # squared metres: contact 1 means that the foot moved less than 1 cm
 

@@ -47,7 +47,7 @@ fusion = 'rescaled'          # 'zscore' (Eq 13 to the letter) | 'rescaled' | 'te
 msd_embed = 'codebook'       # x_t of Eq 4: 'codebook' | 'learned'
 msd_gap = 'interp'           # velocities over masked tokens: interpolated | 'zero'
 omega = 'energy'             # Eq 8: the norm of the spectrum | 'flatness', the letter
-msd_attn = 'visible'         # attention's MSD: of 'visible' tokens | 'clean' (Algorithm 1, leaks)
+msd_attn = 'visible'         # MSD of 'visible' tokens | 'clean' (Alg. 1: leaks) | own 'guess'
 cfs_lambda = 0.3             # 3.4's lambda, the semantic quota
 cfs_noise = 1.0              # Gumbel noise on the scores; 0 is the letter: one mask for all epochs
 cfs_share = 1.0              # share of the clips that (II) masks, the others at random
@@ -86,8 +86,9 @@ config = configure(
     mask_by=('msd', 'velocity', 'random'),
     alpha_schedule=('decay', 'constant', 'reversed'),
     fusion=('rescaled', 'zscore', 'temperature'), msd_embed=('codebook', 'learned'),
-    msd_gap=('interp', 'zero'), omega=('energy', 'flatness'), msd_attn=('visible', 'clean'),
-    token_init=('codebook', 'random'), res_draw=('cycle', 'release'), optimizer=('muon', 'adamw'),
+    msd_gap=('interp', 'zero'), omega=('energy', 'flatness'),
+    msd_attn=('visible', 'clean', 'guess'), token_init=('codebook', 'random'),
+    res_draw=('cycle', 'release'), optimizer=('muon', 'adamw'),
     device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
@@ -196,8 +197,13 @@ def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
     if spectral_attn and msd_attn == 'clean' and share is None:   # not there at inference
         described = model.spectrum(torch.where(valid, base, model.PAD)[rows])
     c, c_valid = drop_text(c, c_valid, cond_drop, generator)   # after Eq 10 has read it
-    return net(masked[rows], c[rows], c_valid[rows], valid[rows], targets[rows], chosen.sum(),
-               described)
+    inputs = masked[rows], c[rows], c_valid[rows], valid[rows]
+    if spectral_attn and msd_attn == 'guess':
+        with torch.no_grad():
+            guess = model(*inputs).argmax(-1)
+        guess = torch.where(masked[rows] == model.MASK, guess, masked[rows])
+        described = model.spectrum(torch.where(valid[rows], guess, model.PAD))
+    return net(*inputs, targets[rows], chosen.sum(), described)
 
 
 def drop_text(c, c_valid, probability, generator):

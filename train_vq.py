@@ -37,6 +37,8 @@ code_dim = 512
 n_quantizers = 6             # Q
 vq_width = 512               # of the convolutions
 vq_depth = 3                 # residual blocks per resolution
+vq_reset_below = 1.0         # codes with fewer vectors a step (EMA) move onto data
+vq_sample = 0.0              # temperature at which training draws codes (release 0.5); 0: nearest
 quantize_dropout = 0.2       # share of batches that use only the first layers
 # optimization
 vq_iters = 50000
@@ -82,7 +84,7 @@ std[-4:] /= 5
 
 # model
 shape = VQConfig(dim=D, n_codes=n_codes, code_dim=code_dim, n_quantizers=n_quantizers,
-                 width=vq_width, depth=vq_depth)
+                 width=vq_width, depth=vq_depth, reset_below=vq_reset_below, sample=vq_sample)
 model = RVQVAE(shape, mean, std).to(run.device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=vq_lr, betas=(0.9, 0.99),
                               weight_decay=weight_decay, fused=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from data import FRAMES_PER_TOKEN, equal_lengths
+from msd import gumbel_like
 from runtime import gather, load, load_named
 
 
@@ -30,6 +31,8 @@ class VQConfig:
     dilation: int = 3            # dilation growth within them
     down: int = 2                # stride-2 stages: 2**down frames per token
     mu: float = 0.99             # EMA decay of the codebooks
+    reset_below: float = 1.0     # a code with fewer vectors a step (EMA) moves; 1 as in T2M-GPT
+    sample: float = 0.0          # training draws codes at this temperature; 0: the nearest
 
 
 # ------------------------------------------------------------------------------ encoder and decoder
@@ -82,13 +85,18 @@ class Quantizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.mu = config.mu
+        self.reset_below = config.reset_below
+        self.sample = config.sample
         self.register_buffer('codebook', torch.zeros(config.n_codes, config.code_dim))
         self.register_buffer('code_sum', torch.zeros(config.n_codes, config.code_dim))
         self.register_buffer('code_count', torch.zeros(config.n_codes))
 
     def nearest(self, r):
         """DynMask Eq 1: ids (N,) of the codes nearest to r (N, code_dim)."""
-        return (self.codebook.square().sum(1) - 2 * r @ self.codebook.T).argmin(1)
+        distance = self.codebook.square().sum(1) - 2 * r @ self.codebook.T
+        if self.training and self.sample:
+            distance = distance - self.sample * gumbel_like(distance, None)
+        return distance.argmin(1)
 
     @torch.no_grad()
     def init(self, pick):
@@ -105,7 +113,7 @@ class Quantizer(nn.Module):
         one_hot = F.one_hot(ids, len(self.codebook)).to(r.dtype)
         self.code_count.lerp_(one_hot.sum(0), 1 - self.mu)
         self.code_sum.lerp_(one_hot.T @ r, 1 - self.mu)
-        used = self.code_count >= 1   # on average at least one vector a step, as in T2M-GPT
+        used = self.code_count >= self.reset_below
         mean = self.code_sum / self.code_count.clamp(min=1e-5)[:, None]
         self.codebook.copy_(torch.where(used[:, None], mean, pick))
         self.code_sum.copy_(torch.where(used[:, None], self.code_sum, pick))
