@@ -270,15 +270,16 @@ def tokenize(tokenizer, split, path, device='cpu'):
 class Tokens:
     """A split for the transformers, on the device: token ids of all clips, text of all captions."""
 
-    def __init__(self, split, ids, vectors, index, device):
-        """ids (4, total, Q) from `tokenize`; vectors (U, 512) and index (captions, m) from
-        `text.encode`."""
+    def __init__(self, split, ids, vectors, index, c_valid, device):
+        """ids (4, total, Q) from `tokenize`; vectors (U, 512), index (captions, m) and c_valid
+        (captions, m) from `text.encode`."""
         def put(x):
             return torch.as_tensor(x).to(device)
 
         self.ids = put(ids)
         self.vectors = put(vectors)
         self.index = put(index)
+        self.c_valid = put(c_valid)
         self.length = put(split.length)
         self.first_caption = put(split.first_caption)
         self.n_captions = put(split.n_captions)
@@ -293,7 +294,7 @@ class Tokens:
         return random_captions(self, self.clips[pick], generator)
 
     def batch(self, captions, generator=None, width=None):
-        """captions (B,) -> ids (B, N, Q), c (B, m, 512), c_valid (B, m), valid (B, N) bool.
+        """captions (B,) -> ids (B, N, Q), c (B, m, 512), c_valid (B, m) int8, valid (B, N) bool.
 
         generator: crops by the field's length rule; None takes whole clips. N is the longest of the
         batch, or width, and m the most condition tokens of one (a compiled model wants one shape:
@@ -306,10 +307,10 @@ class Tokens:
         t = torch.arange(width or int(n.max()), device=self.ids.device)
         place = (first[:, None] + t).clamp(max=self.ids.shape[1] - 1)
         ids = self.ids[phase[:, None], place].long()
-        index = self.index[captions]
-        if width is None:
-            index = index[:, index.any(0)]
-        return ids, self.vectors[index], index > 0, t < n[:, None]
+        c_valid = self.c_valid[captions]
+        m = c_valid.shape[1] if width else int(c_valid.any(0).sum())
+        c = self.vectors[self.index[captions, :m]]
+        return ids, c, c_valid[:, :m], t < n[:, None]
 
 
 class Windows:

@@ -67,6 +67,8 @@ lambda_D = 0.5
 beta = 0.5
 sigma_max = 0.5
 msd_decode = 'kept'
+motion_steps = 2
+action_steps = 5
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'

@@ -11,6 +11,7 @@ import os
 
 import torch
 
+import hgm3
 import msd
 from configurator import UserError
 from data import FRAMES_PER_TOKEN
@@ -47,7 +48,7 @@ def twice(*tensors):
 def with_no_text(c_valid):
     """c_valid (B, m) -> (2B, m) for guidance: without text only the sentence's token is there."""
     nothing = torch.zeros_like(c_valid)
-    nothing[:, 0] = True
+    nothing[:, 0] = 1
     return torch.cat([c_valid, nothing])
 
 
@@ -58,7 +59,7 @@ def decoding_of(config):
     """The settings (a dict) that `Pipeline.generate` takes. UserError where one makes no sense."""
     names = ('steps', 'cond_scale', 'res_scale', 'top_share', 'temperature', 'anneal',
              'res_temperature', 'res_layers', 'das_sampling', 'lambda_D', 'beta', 'sigma_max',
-             'msd_decode')
+             'msd_decode', 'motion_steps', 'action_steps')
     decoding = {name: config[name] for name in names}
     for name in ('steps', 'temperature', 'res_temperature', 'top_share'):
         if decoding[name] <= 0:
@@ -72,7 +73,8 @@ def decoding_of(config):
 @torch.no_grad()
 def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
                   temperature=1.0, anneal=0.0, das_sampling=True, lambda_D=0.5, beta=0.5,
-                  sigma_max=0.5, msd_decode='kept', width=None, generator=None):
+                  sigma_max=0.5, msd_decode='kept', motion_steps=2, action_steps=5, width=None,
+                  generator=None):
     """Algorithm 2. c (B, m, 512), c_valid (B, m), n (B,) tokens wanted -> ids (B, N), [PAD] behind
     each end. N is the longest n, or width (which spares a compiled model a new graph per length).
 
@@ -83,6 +85,8 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
     temperature   T_global of Eq 18; anneal lowers it over the steps, by that share at the end
     das_sampling  complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; or MoMask's
     msd_decode    MSD of the 'kept' tokens, or of the current full 'guess' (kept + last predictions)
+    motion_steps  HGM3 3.4, where text is a graph: before this step it is conditioned on the motion
+    action_steps  node, before this one on actions too, then on everything
 
     Nothing waits for a GPU inside the loop.
     """
@@ -97,6 +101,7 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
     score = torch.zeros(valid.shape, device=c.device)
     c_valid2 = with_no_text(c_valid)
     valid2, = twice(valid)
+    has_graph = model.config.graph
 
     for step in range(steps):
         share = math.cos(math.pi / 2 * step / max(steps - 1, 1))         # 1 -> 0
@@ -110,6 +115,9 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
         if model.config.spectral_attn:
             described = twice(f, seen)
         ids2, = twice(ids)
+        if has_graph:                                                    # HGM3 Eq 14
+            shown = hgm3.show(c_valid, hgm3.level(step, motion_steps, action_steps))
+            c_valid2 = with_no_text(shown)
 
         def forward(c2):
             return model(ids2, c2, c_valid2, valid2, described=described)
@@ -167,11 +175,12 @@ class Pipeline:
     n_joints, dim, units_per_metre, max_frames of the data."""
 
     def __init__(self, tokenizer, mask, res, length, text_encoder, meta, device='cpu',
-                 text='sentence'):
+                 text='sentence', tags=None):
         networks = [net and net.to(device).eval() for net in (tokenizer, mask, res, length)]
         self.vq, self.mask, self.res, self.length = networks
         self.text_encoder = text_encoder
         self.text = text
+        self.tags = tags       # graph: each word's part of speech
         self.meta = meta
         self.val = None        # the masked transformer's validation cross-entropy
         self.device = device
@@ -179,7 +188,10 @@ class Pipeline:
 
     def condition(self, prompts, cache=None):
         """list of B str -> c (B, m, 512), c_valid (B, m)."""
-        return condition(prompts, self.text_encoder, self.text, cache, self.device)
+        nodes = None
+        if self.text == 'graph':
+            nodes = [hgm3.graph(hgm3.tagged(prompt, self.tags)) for prompt in prompts]
+        return condition(prompts, self.text_encoder, self.text, nodes, cache, self.device)
 
     @torch.no_grad()
     def lengths(self, c, c_valid, seed=0):
@@ -254,6 +266,7 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
     checkpoint = found['mask']
     settings = checkpoint['settings']
     pipe = Pipeline(tokenizer, networks['mask'], networks['res'], networks['len'],
-                    settings['text_encoder'], checkpoint['meta'], device, settings['text'])
+                    settings['text_encoder'], checkpoint['meta'], device, settings['text'],
+                    checkpoint['tags'])
     pipe.val = checkpoint['val']
     return pipe

@@ -8,14 +8,15 @@ that differ: see Attention.forward, Eq 13.
 Each one's forward returns logits, or its loss when it is given targets. Decoding is in generate.py.
 
 Shapes: B batch, n motion tokens (padded to the longest), V codes, Q quantizers, d latent, H heads.
-Text is c (B, m, 512), m condition tokens of which c_valid (B, m) exist; the first speaks of the
-whole sentence. Token ids: 0..V-1 codes, V = [MASK], V+1 = [PAD] (residual transformer: V = pad).
+Text is c (B, m, 512), m condition tokens, of which those exist whose c_valid (B, m) is above 0
+(where text is a graph it is a node's role: hgm3.py); the first speaks of the whole sentence. Token
+ids: 0..V-1 codes, V = [MASK], V+1 = [PAD] (residual transformer: V = pad).
 
 With spectral_attn off and masks chosen at random this is MoMask: official weights load (momask.py)
 and the reference code's outputs match (tests/test_model.py).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 
 import msd
 from fast import appended_attention, dropout, forms_logits, logit_std, spread_prior, std_over
+from hgm3 import GraphAttention
 
 
 @dataclass
@@ -36,6 +38,7 @@ class ModelConfig:
     ff: int = 1024
     dropout: float = 0.2
     text_dim: int = 512
+    graph: bool = False           # HGM3 3.3: condition tokens are nodes of a semantic graph
     token_init: str = 'codebook'  # token embeddings start as code vectors | 'random' (MoMask)
     res_draw: str = 'cycle'       # which residual layer a row learns: in turn | 'release', low ones
     # DynMask 3.5, motion-aware attention (masked transformer only)
@@ -142,24 +145,28 @@ class Trunk(nn.Module):
         self.head = config.latent // config.n_heads
         self.embed = nn.Linear(config.code_dim, config.latent)
         self.cond = nn.Linear(config.text_dim, config.latent)
+        self.graph = GraphAttention(config.text_dim) if config.graph else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.register_buffer('positions', sinusoid(1024, config.latent), persistent=False)
 
-    def condition(self, c):
-        """Text c (B, m, 512) -> (B, m, d). The sentence has no position; clauses or words behind it
-        have theirs, for their order matters."""
+    def condition(self, c, c_valid):
+        """Text c (B, m, 512), c_valid (B, m) -> (B, m, d). The sentence has no position; clauses,
+        words or nodes behind it have theirs, for their order matters."""
+        if self.graph is not None:
+            c = self.graph(c, c_valid)
         front = self.cond(c)
         order = self.positions[:c.shape[1] - 1].to(front.dtype)
         return torch.cat([front[:, :1], front[:, 1:] + order], 1)
 
     def forward(self, x, valid, front, front_valid, prior=None):
         """x (B, n, code_dim), valid (B, n); front (B, m, d): tokens that go before them,
-        front_valid (B, m); prior: qs, ks (B, n, W + 2) of msd.prior_qk -> (B, n, d)."""
+        there where front_valid (B, m) > 0; prior: qs, ks (B, n, W + 2) of msd.prior_qk; -> h
+        (B, n, d)."""
         m, n = front.shape[1], x.shape[1]
         x = self.embed(x) + self.positions[:n]
         x = dropout(x, self.p, self.training)
         x = torch.cat([front.to(x.dtype), x], 1)
-        valid = torch.cat([front_valid, valid], 1)
+        valid = torch.cat([front_valid > 0, valid], 1)
         pad = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         pad = pad[:, None, None]                                          # (B, 1, 1, m + n)
         if prior is not None:
@@ -240,7 +247,7 @@ class MaskTransformer(nn.Module):
             with torch.autocast(ids.device.type, enabled=False):
                 # windows behind the end see the motion too, but are not tokens
                 prior = msd.prior_qk(msd.unit(f), seen & valid)
-        h = self.trunk(self.token_emb(ids), valid, self.trunk.condition(c), c_valid, prior)
+        h = self.trunk(self.token_emb(ids), valid, self.trunk.condition(c, c_valid), c_valid, prior)
         logits = self.head(h)
         if targets is None:
             return logits
@@ -262,14 +269,16 @@ class MaskTransformer(nn.Module):
 
     @torch.no_grad()
     def mask_tokens(self, ids, c, valid, mask_by='msd', lam=0.3, r_exp=0, noise=0.0, cfs_share=1.0,
-                    remask=True, share=None, generator=None):
+                    remask=True, share=None, difficulty=None, hard_share=0.0, generator=None):
         """Choose what to hide and hide it (3.4; Algorithm 1, lines 1-6).
 
         ids (B, n) clean, c (B, m, 512), valid (B, n) -> masked ids (B, n), chosen (B, n) bool.
         How many: gamma(r) = cos(pi r / 2) with r ~ U(0, 1), or `share` of each row. Which, mask_by:
         'random', or content-focused, where Eq 9 ranks tokens by 'msd' complexity or by 'velocity'
-        (Table 3). cfs_share: this share of the rows is, the others at random. remask (BERT; MoMask
-        Table 2): 80% become [MASK], 10% a random code, 10% stay; without it all become [MASK].
+        (Table 3). cfs_share: this share of the rows is, the others at random. 'loss', HGM3 3.2: the
+        hard_share of them of largest difficulty (B, n), the others at random; 'msd+loss': with Eq
+        9's score added to the difficulty. remask (BERT; MoMask Table 2): 80% become [MASK], 10% a
+        random code, 10% stay; without it all become [MASK].
         """
         B, n = ids.shape
 
@@ -281,6 +290,12 @@ class MaskTransformer(nn.Module):
         K = (share * valid.sum(1)).round().clamp(min=1).long()
         if mask_by == 'random':
             chosen = msd.top_k(uniform(B, n), K, valid)
+        elif 'loss' in mask_by:
+            if mask_by == 'msd+loss':
+                difficulty = difficulty + self.dynamics(ids, valid, 'msd')
+            K_hard = (hard_share * K).round().long()
+            hard = msd.top_k(difficulty, K_hard, valid)
+            chosen = hard | msd.top_k(uniform(B, n), K - K_hard, valid & ~hard)
         else:
             s_dyn = self.dynamics(ids, valid, mask_by)                    # Eq 9
             x = self.trunk.embed(self.token_emb(ids)).float()
@@ -303,6 +318,27 @@ class MaskTransformer(nn.Module):
             return msd.zscore(msd.speed(ids, self.gram(), valid), valid)
         f, _ = self.spectrum(torch.where(valid, ids, self.PAD))
         return msd.zscore(msd.complexity(f, self.config.omega), valid)    # Eqs 8, 9
+
+
+class LossPredictor(nn.Module):
+    """HGM3's G: clean tokens and text -> what loss MaskTransformer will have on each, up to a
+    monotone function (hgm3.py). The paper gives it six layers of its own; one is enough to rank
+    tokens and costs a fifth of a step. No dropout: it must not move F's random numbers."""
+
+    def __init__(self, config):
+        super().__init__()
+        small = replace(config, n_layers=1, dropout=0.0, spectral_attn=False)
+        self.PAD = config.n_codes + 1
+        self.token_emb = nn.Embedding(config.n_codes + 2, config.code_dim)
+        self.trunk = Trunk(small)
+        self.head = Head(config.latent, 1)
+        self.apply(init_weights)
+
+    def forward(self, ids, c, c_valid, valid):
+        """ids (B, n), c (B, m, 512), c_valid (B, m), valid (B, n) -> (B, n)."""
+        ids = torch.where(valid, ids, self.PAD)
+        front = self.trunk.condition(c, c_valid)
+        return self.head(self.trunk(self.token_emb(ids), valid, front, c_valid))[..., 0]
 
 
 # ---------------------------------------------------------------------------------- residual tokens
@@ -354,8 +390,8 @@ class ResTransformer(nn.Module):
             below = (j < layer).to(self.first.dtype)
             x = x + F.embedding(ids[..., j], tables[j]) * below[:, None, None]
         which = F.one_hot(layer, self.config.n_quantizers).to(self.first.dtype)
-        front = torch.cat([self.trunk.condition(c), self.layer_emb(which)[:, None]], 1)
-        front_valid = F.pad(c_valid, (0, 1), value=True)
+        front = torch.cat([self.trunk.condition(c, c_valid), self.layer_emb(which)[:, None]], 1)
+        front_valid = F.pad(c_valid > 0, (0, 1), value=True)
         h = self.head(self.trunk(x, valid, front, front_valid))           # (B, n, code_dim)
         if q is not None:
             return h @ tables[q].T.to(h.dtype)
@@ -398,7 +434,7 @@ class LengthEstimator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, c, c_valid, targets=None):
-        logits = self.output((c * c_valid[..., None]).sum(1))
+        logits = self.output((c * (c_valid != 0)[..., None]).sum(1))
         if targets is None:
             return logits
         return F.cross_entropy(logits, targets)

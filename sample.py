@@ -60,6 +60,8 @@ lambda_D = 0.5               # Eq 15
 beta = 0.5                   # Eq 18
 sigma_max = 0.5              # Eq 19
 msd_decode = 'kept'          # MSD of the 'kept' tokens | of the full 'guess'
+motion_steps = 2             # HGM3 (--text=graph): steps that hear of the motion node alone
+action_steps = 5             # and up to this one of actions too
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster

@@ -8,6 +8,7 @@ whole sentence. `text` says what follows it:
                 actions loses their order: with clauses prompts of three actions succeed three times
                 as often on toy (RESULTS.md)
     'words'     its words (CLIP: the states of its tokens, which have read the words before them)
+    'graph'     the nodes of its semantic graph (hgm3.py)
 
 and two frozen encoders make vectors of them:
 
@@ -42,31 +43,40 @@ SEPARATOR = (r'[,.;!?]|\b(?:and|then|next|before|after that|afterwards|after|whi
              r'first)\b')
 
 
-def condition(captions, encoder, text='sentence', cache=None, device='cpu', tower=None):
-    """captions (list of N str) -> c (N, m, 512) float32, c_valid (N, m) bool, on the CPU."""
-    vectors, index = encode(captions, encoder, text, cache, device, tower)
-    return vectors[index], index > 0
+def condition(captions, encoder, text='sentence', nodes=None, cache=None, device='cpu',
+              tower=None):
+    """captions (list of N str) -> c (N, m, 512) float32, c_valid (N, m) int8, on the CPU."""
+    vectors, index, c_valid = encode(captions, encoder, text, nodes, cache, device, tower)
+    return vectors[index], c_valid
 
 
-def encode(captions, encoder, text='sentence', cache=None, device='cpu', tower=None):
-    """captions (list of N str) -> vectors (U, 512) float32, index (N, m) int: caption i has the
-    condition tokens vectors[index[i]]. Vector 0 is zeros, and stands where a caption has no more.
+def encode(captions, encoder, text='sentence', nodes=None, cache=None, device='cpu', tower=None):
+    """captions (list of N str) -> vectors (U, 512) float32, index (N, m) int, c_valid (N, m) int8:
+    caption i has the condition tokens vectors[index[i]]. Vector 0 is zeros, and stands where a
+    caption has no more; there c_valid is 0. It is 1 for all others, or a node's role.
 
-    encoder: 'clip' or 'hash'. text: 'sentence', 'clauses' or 'words'. cache: a folder in which
-    CLIP's vectors are kept, so that only new captions are computed. tower: takes the place of
-    `clip_tower` (tests). UserError: no weights.
+    encoder: 'clip' or 'hash'. text: 'sentence', 'clauses', 'words' or 'graph', for which nodes has
+    a list of (str, role) for each caption. cache: a folder in which CLIP's vectors are kept, so
+    that only new captions are computed. tower: takes the place of `clip_tower` (tests). UserError:
+    no weights.
     """
     tower = tower or clip_tower
     if encoder == 'clip' and text == 'words':
-        return word_states(captions, tower(device=device))
-    parts = [[caption, *pieces(caption, text)] for caption in captions]
+        vectors, index = word_states(captions, tower(device=device))
+        return vectors, index, (index > 0).to(torch.int8)
+    if text != 'graph':
+        nodes = [[(piece, 1) for piece in pieces(caption, text)] for caption in captions]
+    behind = [some[:MOST_TOKENS] for some in nodes]
+    parts = [[caption, *(piece for piece, _ in some)] for caption, some in zip(captions, behind)]
+    roles = [torch.tensor([1, *(role for _, role in some)], dtype=torch.int8) for some in behind]
     place = {piece: 1 + i for i, piece in enumerate(dict.fromkeys(sum(parts, [])))}
     if encoder == 'hash':
         vectors = hash_encode(list(place))   # 20,000 captions a second: not worth a file
     else:
         vectors = cached_encode(list(place), cache, tower, device)
     rows = [torch.tensor([place[piece] for piece in part]) for part in parts]
-    return F.pad(vectors, (0, 0, 1, 0)), pad_sequence(rows, batch_first=True)
+    index = pad_sequence(rows, batch_first=True)
+    return F.pad(vectors, (0, 0, 1, 0)), index, pad_sequence(roles, batch_first=True)
 
 
 def words(caption):
@@ -87,7 +97,7 @@ def pieces(caption, text):
     if text == 'clauses':
         clauses = re.split(SEPARATOR, caption.lower())
         found = [clause.strip() for clause in clauses if words(clause)]
-    return found[:MOST_TOKENS]
+    return found
 
 
 def word_states(captions, tower):

@@ -20,10 +20,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import hgm3
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, Tokens, by_length, load_meta, load_split, tokenize
 from fast import keep_memory
-from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
+from hgm3 import HardTokenMining, hard_share, show
+from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from runtime import count_flops, leave, load, lr_at, mean_over_ranks, save, setup
 from text import encode
 from vq import load_tokenizer
@@ -35,11 +37,11 @@ vq = ''                      # tokenizer checkpoint, '' is out_dir/vq.pt
 stage = 'mask'               # 'mask' | 'res' | 'len'
 init_from = 'scratch'        # 'scratch' | 'resume': go on from <stage>_last.pt
 text_encoder = 'clip'        # 'clip' | 'hash', see text.py
-text = 'clauses'             # condition tokens: 'sentence' (the papers) | its 'clauses' | 'words'
+text = 'clauses'             # 'sentence' (MoMask, DynMask) | 'clauses' | 'words' | 'graph' (HGM3)
 seed = 0
 # DynMask: Table 4's switches (the third, das_sampling, belongs to sample.py and eval_t2m.py)
 spectral_attn = True         # (I)  3.5, motion-aware attention
-mask_by = 'msd'              # (II) 3.4, what to hide: 'msd' | 'velocity' | 'random' (MoMask)
+mask_by = 'msd'              # (II) 3.4: 'msd' | 'velocity' | 'random' | 'loss' | 'msd+loss'
 window = 8                   # W of Eq 5, tokens
 alpha0 = 0.3                 # Eq 14
 alpha_schedule = 'decay'     # Eq 14 over the layers: 'decay' | 'constant' | 'reversed'
@@ -53,6 +55,10 @@ cfs_noise = 1.0              # Gumbel noise on the scores; 0 is the letter: one 
 cfs_share = 1.0              # share of the clips that (II) masks, the others at random
 cfs_ramp = 0.0               # it grows up to that over this share of the steps
 r_exp = 0                    # 3.4's expansion radius, tokens
+# HGM3: --text=graph and --mask_by=loss
+hard_first = 0.0             # Eq 8's alpha_0, share of the masked tokens that G's teacher chooses
+hard_last = 0.5              # alpha_T
+teacher_momentum = 0.999     # Eq 6's lambda, unstated in the paper
 remask = True                # 80/10/10 as BERT (MoMask Table 2); False: all chosen become [MASK]
 res_draw = 'cycle'           # which layer a row of --stage=res learns: in turn | 'release'
 # model, MoMask's sizes
@@ -82,8 +88,8 @@ dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat
 compile = False              # torch.compile, with batches padded to one length: pays on a GPU
 config = configure(
     globals(), stage=('mask', 'res', 'len'), init_from=('scratch', 'resume'),
-    text_encoder=('clip', 'hash'), text=('sentence', 'clauses', 'words'),
-    mask_by=('msd', 'velocity', 'random'),
+    text_encoder=('clip', 'hash'), text=('sentence', 'clauses', 'words', 'graph'),
+    mask_by=('msd', 'velocity', 'random', 'loss', 'msd+loss'),
     alpha_schedule=('decay', 'constant', 'reversed'),
     fusion=('rescaled', 'zscore', 'temperature'), msd_embed=('codebook', 'learned'),
     msd_gap=('interp', 'zero'), omega=('energy', 'flatness'),
@@ -120,11 +126,16 @@ def open_tokens(name):
     ids = tokenize(tokenizer, split, os.path.join(folder, f'tokens_{vq_hash}_{name}.npy'),
                    run.device)
     captions = [caption['text'] for caption in split.captions]
-    vectors, index = encode(captions, text_encoder, text, folder, run.device)
-    return Tokens(split, ids, vectors, index, run.device)
+    nodes = [hgm3.graph(caption['tokens']) for caption in split.captions]
+    written = encode(captions, text_encoder, text, nodes, folder, run.device)
+    return Tokens(split, ids, *written, run.device)
 
 
 train, val = open_tokens('train'), open_tokens('val')
+tags = None
+if text == 'graph':   # for prompts, which have no tags
+    captions = load_split(folder, 'train').captions
+    tags = hgm3.tag_table(caption['tokens'] for caption in captions)
 N = meta['max_frames'] // FRAMES_PER_TOKEN   # longest clip in tokens
 CROP = run.device == 'cpu' and not compile   # pad to a batch's longest, or to one static shape
 WIDTH = None if CROP else N
@@ -142,13 +153,17 @@ else:
         n_layers=n_layers, n_heads=n_heads, ff=ff, dropout=dropout, token_init=token_init,
         spectral_attn=spectral_attn and stage == 'mask', window=window, alpha0=alpha0,
         alpha_schedule=alpha_schedule, fusion=fusion, msd_embed=msd_embed, msd_gap=msd_gap,
-        omega=omega, res_draw=res_draw)
+        omega=omega, res_draw=res_draw, graph=text == 'graph')
     codebooks = [quantizer.codebook for quantizer in tokenizer.quantizers]
     if stage == 'mask':
         model = MaskTransformer(shape, codebooks[0])
     else:
         model = ResTransformer(shape, codebooks)
 model = model.to(run.device)
+miner = None
+if stage == 'mask' and 'loss' in mask_by:
+    with torch.random.fork_rng(devices=[]):   # F's random numbers stay what they are without G
+        miner = HardTokenMining(model, LossPredictor(shape), teacher_momentum).to(run.device)
 iters = {'mask': mask_iters, 'res': res_iters, 'len': len_iters}[stage]
 
 
@@ -156,10 +171,14 @@ def make_optimizers():
     """AdamW for everything, or Muon for the matrices of the trunk's layers, whose step has AdamW's
     size (match_rms_adamw), so that both take the same learning rate."""
     matrices = []
-    if optimizer == 'muon' and stage != 'len':
-        matrices = [p for p in model.trunk.layers.parameters() if p.ndim == 2]
+    trunks = [] if stage == 'len' else [model.trunk]
+    if miner:
+        trunks.append(miner.student.trunk)
+    if optimizer == 'muon':
+        matrices = [p for trunk in trunks for p in trunk.layers.parameters() if p.ndim == 2]
     ours = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in ours]
+    learn = [p for p in (miner or model).parameters() if p.requires_grad]
+    others = [p for p in learn if id(p) not in ours]
     made = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
                               fused=True)]
     if matrices:
@@ -189,12 +208,19 @@ def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
                    n_targets=valid.sum())
 
     base = ids[..., 0]
-    signal = mask_by if share is None else 'random'
+    training = share is None
+    signal = mask_by if training else 'random'
+    if text == 'graph' and training:   # HGM3 Eq 13 with a level a row, in turn, not all three
+        level = 1 + torch.arange(len(c), device=c.device)[:, None] % 3
+        c_valid = show(c_valid, level)
+    difficulty = None
+    if miner and training:
+        difficulty = miner.difficulty(base, c, c_valid, valid)
     masked, chosen = model.mask_tokens(base, c, valid, signal, cfs_lambda, r_exp, cfs_noise,
-                                       cfs_now, remask, share, generator)
+                                       cfs_now, remask, share, difficulty, hard_now, generator)
     targets = torch.where(chosen, base, -100)
     described = None
-    if spectral_attn and msd_attn == 'clean' and share is None:   # not there at inference
+    if spectral_attn and msd_attn == 'clean' and training:   # not there at inference
         described = model.spectrum(torch.where(valid, base, model.PAD)[rows])
     c, c_valid = drop_text(c, c_valid, cond_drop, generator)   # after Eq 10 has read it
     inputs = masked[rows], c[rows], c_valid[rows], valid[rows]
@@ -203,6 +229,8 @@ def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
             guess = model(*inputs).argmax(-1)
         guess = torch.where(masked[rows] == model.MASK, guess, masked[rows])
         described = model.spectrum(torch.where(valid[rows], guess, model.PAD))
+    if miner and training:
+        return net(*inputs, targets[rows], chosen.sum(), described, base[rows])
     return net(*inputs, targets[rows], chosen.sum(), described)
 
 
@@ -212,7 +240,7 @@ def drop_text(c, c_valid, probability, generator):
     if not model.training:
         return c, c_valid
     stays = torch.rand(len(c), 1, 1, device=c.device, generator=generator) >= probability
-    c_valid = torch.cat([c_valid[:, :1], c_valid[:, 1:] & stays[..., 0]], 1)
+    c_valid = torch.cat([c_valid[:, :1], c_valid[:, 1:] * stays[..., 0]], 1)
     return c * stays, c_valid
 
 
@@ -239,7 +267,8 @@ def evaluate():
 def checkpoint(name, **more):
     if run.main:
         saved = dict(kind=stage, config=shape and asdict(shape), model=model.state_dict(),
-                     settings=config, meta=meta, vq=os.path.abspath(vq), vq_hash=vq_hash, **more)
+                     settings=config, meta=meta, vq=os.path.abspath(vq), vq_hash=vq_hash, tags=tags,
+                     **more)
         save(saved, os.path.join(out_dir, name))
 
 
@@ -248,20 +277,20 @@ def flops_of_a_token():
 
     def work():
         with run.autocast():
-            loss = compute_loss(model, *batch, slice(None), generator=run.generator)
+            loss = compute_loss(miner or model, *batch, slice(None), generator=run.generator)
         loss.backward()
 
     state = run.generator.get_state()
     flops = count_flops(work)
     run.generator.set_state(state)
-    model.zero_grad(set_to_none=True)
+    (miner or model).zero_grad(set_to_none=True)
     return flops / batch[-1].numel()
 
 
 # start, or go on
 it0 = 0
 best = math.inf
-cfs_now = cfs_share
+cfs_now, hard_now = cfs_share, hard_first
 history = []
 pending = []   # batches of captions that are drawn, and not yet used
 flops = flops_of_a_token()
@@ -278,6 +307,8 @@ if init_from == 'resume':
         raise UserError(f'{path} is a model of another config ({last["config"]}), this run asks '
                         f'for {shape and asdict(shape)}.')
     model.load_state_dict(last['model'])
+    if miner:
+        miner.load_state_dict(last['miner'])
     for optim, state in zip(optimizers, last['optimizers'], strict=True):
         optim.load_state_dict(state)
     run.generator.set_state(last['generator'])
@@ -289,7 +320,9 @@ if init_from == 'resume':
         torch.set_rng_state(last['rng'])
         if run.device != 'cpu':
             torch.cuda.set_rng_state(last['cuda_rng'])
-net = torch.compile(model) if compile else model
+net = miner or model
+if compile:
+    net = torch.compile(net)
 if run.world > 1:
     net = DDP(net)
 if run.main:
@@ -307,6 +340,7 @@ for it in bar:
         for group in optim.param_groups:
             group['lr'] = lr_at(it, lr, warmup, iters)
     cfs_now = cfs_share * min(1.0, (it + 1) / max(1.0, cfs_ramp * iters))
+    hard_now = hard_share(it, iters, hard_first, hard_last)
 
     if not pending:   # draw POOL batches at once, and deal them out by length in random order
         pool = train.draw(POOL * batch_size, run.generator)
@@ -319,10 +353,13 @@ for it in bar:
         loss = compute_loss(net, *batch, rows, generator=run.generator)
         loss = loss * run.world   # DDP averages over ranks
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for part in (model, miner.student) if miner else (model,):
+        torch.nn.utils.clip_grad_norm_(part.parameters(), grad_clip)
     for optim in optimizers:
         optim.step()
-    model.zero_grad(set_to_none=True)
+    (miner or model).zero_grad(set_to_none=True)
+    if miner:
+        miner.update_teacher()
 
     tokens += batch[-1].numel()
     if (it + 1) % log_every == 0:
@@ -347,7 +384,7 @@ for it in bar:
         checkpoint(f'{stage}_last.pt', it=it + 1, best=best, history=history, pending=pending,
                    optimizers=[optim.state_dict() for optim in optimizers],
                    generator=run.generator.get_state(), rng=torch.get_rng_state(),
-                   device=run.device[:4], **cuda_rng)
+                   device=run.device[:4], miner=miner and miner.state_dict(), **cuda_rng)
         if run.main:
             figures = ', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())
             tqdm.write(f'step {it + 1}: val cross-entropy {figures}')
