@@ -15,9 +15,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 from scipy.interpolate import CubicHermiteSpline
-from scipy.ndimage import (binary_dilation, gaussian_filter1d, maximum_filter1d,
-                           uniform_filter1d)
 from scipy.spatial.transform import Rotation
 
 FPS = 20
@@ -30,27 +29,26 @@ LEFTWARD = np.array([1, -1])  # by side
  R_WRIST) = range(22)
 
 # The body's sizes, as in HumanML3D's default skeleton, rounded. Vectors are (left, up, forward).
-THIGH, SHIN, UPPER_ARM, FOREARM = 0.385, 0.43, 0.257, 0.266
-REACH = 0.995 * (THIGH + SHIN)  # a leg never straightens completely
-SPREAD = 0.085                  # half the distance between the feet
+THIGH, SHIN = 0.385, 0.43
+UPPER_ARM, FOREARM = 0.257, 0.266
+LEG_REACH = 0.995 * (THIGH + SHIN)  # a leg never straightens completely
+SPREAD = 0.085                      # half the distance between the feet
 FOOT_LENGTH, TOE_Y = 0.125, 0.02
-HEEL = [0, 0.055, -FOOT_LENGTH]  # toe to ankle
-# how much of the trunk's pitch and twist each part takes; joint, parent, offset in a part's frame
-SHARES = {'pelvis': 0.35, 'waist': 0.6, 'ribs': 0.8, 'chest': 1.0, 'neck': 0.85}
-BONES = [
-    (SPINE1, PELVIS, [0, 0.12, -0.03], 'pelvis'),
-    (L_HIP, PELVIS, [0.062, -0.085, -0.005], 'pelvis'),
-    (R_HIP, PELVIS, [-0.062, -0.085, -0.005], 'pelvis'),
-    (SPINE2, SPINE1, [0, 0.138, 0.02], 'waist'),
-    (SPINE3, SPINE2, [0, 0.055, 0.01], 'ribs'),
-    (NECK, SPINE3, [0, 0.217, -0.025], 'chest'),
-    (L_COLLAR, SPINE3, [0.075, 0.12, -0.01], 'chest'),
-    (R_COLLAR, SPINE3, [-0.075, 0.12, -0.01], 'chest'),
-    (L_SHOULDER, L_COLLAR, [0.12, -0.035, -0.015], 'chest'),
-    (R_SHOULDER, R_COLLAR, [-0.12, -0.035, -0.015], 'chest'),
-    (HEAD, NECK, [0, 0.092, 0.045], 'neck'),
+HEEL = [0, 0.055, -FOOT_LENGTH]     # toe to ankle
+
+BONES = [  # joint, parent, the share it takes of the trunk's pitch and twist, offset in that frame
+    (SPINE1, PELVIS, 0.35, [0, 0.12, -0.03]),
+    (L_HIP, PELVIS, 0.35, [0.062, -0.085, -0.005]),
+    (R_HIP, PELVIS, 0.35, [-0.062, -0.085, -0.005]),
+    (SPINE2, SPINE1, 0.6, [0, 0.138, 0.02]),
+    (SPINE3, SPINE2, 0.8, [0, 0.055, 0.01]),
+    (NECK, SPINE3, 1.0, [0, 0.217, -0.025]),
+    (L_COLLAR, SPINE3, 1.0, [0.075, 0.12, -0.01]),
+    (R_COLLAR, SPINE3, 1.0, [-0.075, 0.12, -0.01]),
+    (L_SHOULDER, L_COLLAR, 1.0, [0.12, -0.035, -0.015]),
+    (R_SHOULDER, R_COLLAR, 1.0, [-0.12, -0.035, -0.015]),
+    (HEAD, NECK, 0.85, [0, 0.092, 0.045]),
 ]
-LEG = ('x', 'z', 'yaw', 'lift', 'fwd', 'tip')
 
 
 def rotation(yaw, pitch=0.0):
@@ -62,11 +60,12 @@ def rotation(yaw, pitch=0.0):
 
 def smooth(x, sigma):
     """Gaussian low-pass along axis 0, sigma in seconds, ends held."""
-    return gaussian_filter1d(x, sigma * FPS, axis=0, mode='nearest')
+    return ndimage.gaussian_filter1d(x, sigma * FPS, axis=0, mode='nearest')
 
 
 def unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.maximum(length, 1e-9)
 
 
 def beside(place, ahead=0.0, left=0.0):
@@ -74,6 +73,15 @@ def beside(place, ahead=0.0, left=0.0):
     x, z, yaw = place
     sin, cos = np.sin(yaw), np.cos(yaw)
     return np.array([x + ahead * sin + left * cos, z + ahead * cos - left * sin, yaw])
+
+
+TRUNK = dict.fromkeys(['height', 'shift', 'sway', 'pitch', 'twist'], 0.0)  # at rest
+LEG = dict.fromkeys(['x', 'z', 'yaw', 'lift', 'fwd', 'tip'], 0.0)
+
+
+def curves(rest):
+    """{name: value} -> {name: curve that stays there}, a list of keys (time, value, velocity)."""
+    return {name: [(0.0, value, 0.0)] for name, value in rest.items()}
 
 
 def bend(keys, start, end, value, velocity=0.0):
@@ -85,11 +93,6 @@ def bend(keys, start, end, value, velocity=0.0):
     while keys[-1][0] > start + 1e-6 and len(keys) > 1:
         keys.pop()
     keys.append((end, value, velocity))
-
-
-def curves(**rest):
-    """Names and their values at rest -> curves, each a list of keys (time, value, velocity)."""
-    return {name: [(0.0, value, 0.0)] for name, value in rest.items()}
 
 
 class Plan:
@@ -107,19 +110,19 @@ class Plan:
         self.some, self.count = rng.uniform, rng.integers
         self.t = self.some(0.1, 0.4)
         self.feet = [np.zeros(3), np.zeros(3)]
-        self.trunk = curves(height=0.0, shift=0.0, sway=0.0, pitch=0.0, twist=0.0)
+        self.trunk = curves(TRUNK)
         self.limbs = []
         for _ in ('left', 'right'):
-            arm = curves(flex=self.some(0.02, 0.16), abduct=self.some(0.1, 0.22),
-                         reach=self.some(0.485, 0.51))
-            self.limbs.append(arm | curves(**dict.fromkeys(LEG, 0.0)))
+            arm = dict(flex=self.some(0.02, 0.16), abduct=self.some(0.1, 0.22),
+                       reach=self.some(0.485, 0.51))
+            self.limbs.append(curves(arm | LEG))
 
     def move(self, end, side=None, start=0.0, speed=0.0, **targets):
         """Move curves of the trunk and of one or both sides' limbs to new values between start and
         end, in seconds from now. speed: how fast they are at the end."""
         limbs = self.limbs if side is None else [self.limbs[side]]
         for name, value in targets.items():
-            parts = [self.trunk] if name in self.trunk else limbs
+            parts = [self.trunk] if name in TRUNK else limbs
             for part in parts:
                 bend(part[name], self.t + start, self.t + end, value, speed)
 
@@ -132,9 +135,8 @@ class Plan:
         """Bring trunk and arms back to rest, where their first keys are, and wait for most of it.
         Feet are put down by who lifted them."""
         for part in (self.trunk, *self.limbs):
-            for name, keys in part.items():
-                if name not in LEG:
-                    bend(keys, self.t + start, self.t + end, keys[0][1])
+            for name in part.keys() - LEG:
+                bend(part[name], self.t + start, self.t + end, part[name][0][1])
         self.t += end - 0.1
 
     def where(self):
@@ -154,6 +156,7 @@ class Plan:
         landed = self.limbs[foot]['tip'][-1][0] - self.t
         self.move(0.0, foot, start=max(-0.12, landed), tip=tip)
         self.move(seconds, foot, tip=0.0)
+
         rise, fall = (4.0, -4.0) if flight else (6.75, 0.0)
         speed = lift / seconds
         nearly = seconds - 0.001  # speeds come and go at once
@@ -167,13 +170,15 @@ class Plan:
         place = self.where()
         turn = self.some(-0.25, 0.25) / n
         foot = self.count(2)
+        landed = (swing - 1) * period
+        lands = swing * period
         for k in range(n + 1):
             share = 1.0 if 0 < k < n - 1 else 0.7
             if k < n:
                 place = beside(place + [0, 0, turn], length * share)
-            self.step(foot, swing * period, place, lift * share, tip * share)
+            self.step(foot, lands, place, lift * share, tip * share)
+
             # from landing to landing, the other arm goes forward with the foot, and the chest too
-            landed, lands = (swing - 1) * period, swing * period
             reach = arm * share
             self.move(lands, foot, landed, flex=arm_mid - reach)
             self.move(lands, 1 - foot, landed, flex=arm_mid + reach)
@@ -183,22 +188,45 @@ class Plan:
                 self.move(0.7 * period, start=0.2 * period, height=-0.07)
             self.t += period
             foot = 1 - foot
-        self.t += (swing - 1) * period
+        self.t += landed
         self.relax(0.3, -0.6 * period)
+
+    def fly(self, feet, place, crouch, rise, tuck, tip):
+        """Push off for crouch seconds, rise, and land at a place when gravity says so."""
+        speed = np.sqrt(2 * 9.81 * rise)
+        flight = 2 * speed / 9.81
+        self.move(crouch, speed=speed, height=0.03)
+        self.t += crouch
+        self.move(flight, speed=-speed, height=0.0)
+        for foot in feet:
+            self.step(foot, flight, place, rise + tuck, tip, flight=True)
+        self.t += flight
+
+    def pose(self, pace, hold, **targets):
+        """Into a pose, hold it, and out of it again."""
+        self.go(self.some(0.7, 0.9) / pace, **targets)
+        self.t += hold
+        self.relax(self.some(0.6, 0.9) / pace)
+        self.t += 0.1  # a squat that runs into sitting down is none
 
     def walk(self, side, pace):
         length = self.some(0.48, 0.6) * pace ** 0.4
         period = self.some(0.5, 0.56) / pace ** 0.8
+        n = self.count(4, 8)
+        lift = self.some(0.05, 0.09)
+        tip = self.some(0.5, 0.7)
+        arm = self.some(0.25, 0.45)
         self.move(0.4, pitch=0.03)
-        self.gait(self.count(4, 8), length, period, 0.8, lift=self.some(0.05, 0.09),
-                  tip=self.some(0.5, 0.7), arm=self.some(0.25, 0.45), arm_mid=0.08)
+        self.gait(n, length, period, 0.8, lift, tip, arm, arm_mid=0.08)
 
     def run(self, side, pace):
         length = self.some(0.92, 1.02) * pace ** 0.3
         period = self.some(0.33, 0.36) / pace ** 0.3
+        n = self.count(6, 10)
+        lift = self.some(0.2, 0.3)
+        arm = self.some(0.45, 0.65)
         self.move(0.4, pitch=0.15, reach=0.37)
-        self.gait(self.count(6, 10), length, period, 1.35, lift=self.some(0.2, 0.3),
-                  tip=1.2, arm=self.some(0.45, 0.65), arm_mid=0.6)
+        self.gait(n, length, period, 1.35, lift, 1.2, arm, arm_mid=0.6)
 
     def side_step(self, side, pace):
         width = self.some(0.28, 0.4) * LEFTWARD[side]
@@ -232,13 +260,10 @@ class Plan:
         # weight on the other foot, cock, strike and hold, fold, put down
         self.move(0.4 / tempo, sway=-0.055 * left)
         self.t += 0.3 / tempo
-        self.move(0.35 / tempo, 1 - side, flex=0.7, abduct=0.4)
-        self.move(0.35 / tempo, side, flex=-0.3, abduct=0.4)
-        self.move(0.35 / tempo, side, lift=0.3, fwd=-0.22, tip=0.7)
-        self.go(0.35 / tempo, twist=-0.2 * left, height=-0.03)
-        self.move(0.3 / tempo, 1 - side, flex=-0.2)
-        self.move(0.3 / tempo, side, lift=height, fwd=ahead, tip=-0.8, flex=0.4)
-        self.go(0.3 / tempo, twist=0.2 * left, pitch=-0.22)
+        self.move(0.35 / tempo, flex=0.7, abduct=0.4, twist=-0.2 * left, height=-0.03)
+        self.go(0.35 / tempo, side, flex=-0.3, lift=0.3, fwd=-0.22, tip=0.7)
+        self.move(0.3 / tempo, flex=-0.2, twist=0.2 * left, pitch=-0.22)
+        self.go(0.3 / tempo, side, flex=0.4, lift=height, fwd=ahead, tip=-0.8)
         self.t += 0.1 / tempo
         self.go(0.35 / tempo, side, lift=0.3, fwd=0.12, tip=0.2)
         self.go(0.3 / tempo, side, lift=0.0, fwd=0.0, tip=0.0)
@@ -251,8 +276,7 @@ class Plan:
             self.move(0.2 / tempo, twist=-0.3 * LEFTWARD[side], pitch=0.1)
             self.go(0.2 / tempo, side, reach=self.some(0.5, 0.52), flex=self.some(1.5, 1.62))
             self.t += 0.14 / tempo
-            self.move(0.27 / tempo, twist=0.0, pitch=0.0)
-            self.go(0.27 / tempo, side, reach=0.25, flex=1.45)
+            self.go(0.27 / tempo, side, reach=0.25, flex=1.45, twist=0.0, pitch=0.0)
             self.t += self.some(0.02, 0.15)
         self.relax(0.45)
 
@@ -266,17 +290,6 @@ class Plan:
         self.go(beat, side, abduct=high - 0.35)
         self.relax(0.5)
 
-    def fly(self, feet, place, crouch, rise, tuck, tip):
-        """Push off for crouch seconds, rise, and land at a place when gravity says so."""
-        speed = np.sqrt(2 * 9.81 * rise)
-        flight = 2 * speed / 9.81
-        self.move(crouch, speed=speed, height=0.03)
-        self.t += crouch
-        self.move(flight, speed=-speed, height=0.0)
-        for foot in feet:
-            self.step(foot, flight, place, rise + tuck, tip, flight=True)
-        self.t += flight
-
     def jump(self, side, pace):
         ahead = self.some(0.0, 0.2)
         crouch = 0.55 / pace ** 0.5 - 0.2
@@ -284,8 +297,8 @@ class Plan:
             self.go(crouch, height=-0.25, pitch=0.42, shift=-0.085, flex=-0.6)
             self.move(0.2, pitch=0.02, shift=0.005)
             self.move(0.4, flex=self.some(1.7, 2.3))
-            place = beside(self.where(), ahead)
-            self.fly((0, 1), place, 0.2, self.some(0.14, 0.26), tuck=0.05, tip=0.75)
+            rise = self.some(0.14, 0.26)
+            self.fly((0, 1), beside(self.where(), ahead), 0.2, rise, tuck=0.05, tip=0.75)
             self.move(0.3, flex=0.4)
             self.go(0.2, height=-0.17, pitch=0.27, shift=-0.045)
         self.relax(0.4)
@@ -303,16 +316,9 @@ class Plan:
             self.go(crouch, height=-0.09, flex=0.0)
             self.move(0.35, start=0.12, flex=0.6)
             self.carry(free, 0.35, place)
-            self.fly((foot,), place, 0.12, self.some(0.07, 0.11), tuck=0.02, tip=0.5)
+            self.fly([foot], place, 0.12, self.some(0.07, 0.11), tuck=0.02, tip=0.5)
         self.move(0.35, free, lift=0.0, fwd=0.0, tip=0.0)
         self.relax(0.45)
-
-    def pose(self, pace, hold, **targets):
-        """Into a pose, hold it, and out of it again."""
-        self.go(self.some(0.7, 0.9) / pace, **targets)
-        self.t += hold
-        self.relax(self.some(0.6, 0.9) / pace)
-        self.t += 0.1  # a squat that runs into sitting down is none
 
     def raise_arms(self, side, pace):
         flex, abduct = self.some(2.75, 2.95), -0.15  # through the front
@@ -322,8 +328,9 @@ class Plan:
 
     def squat(self, side, pace):
         self.move(0.8 / pace, flex=self.some(0.9, 1.5), abduct=0.0)
-        self.pose(pace, self.some(0.05, 0.4), height=self.some(-0.47, -0.37),
-                  pitch=self.some(0.32, 0.52), shift=-0.125)
+        hold = self.some(0.05, 0.4)
+        height = self.some(-0.47, -0.37)
+        self.pose(pace, hold, height=height, pitch=self.some(0.32, 0.52), shift=-0.125)
 
     def bow(self, side, pace):
         angle = self.some(0.92, 1.27)
@@ -352,8 +359,8 @@ def play(curves, times):
     costs 0.1 ms to make, so one holds all curves, each in a minute of its own."""
     laid_out = []
     for minute, keys in enumerate(curves.values()):
-        last_value = keys[-1][1]
-        for time, value, velocity in keys + [(59.0, last_value, 0.0)]:
+        held = (59.0, keys[-1][1], 0.0)
+        for time, value, velocity in [*keys, held]:
             laid_out.append((60.0 * minute + time, value, velocity))
     spline = CubicHermiteSpline(*np.array(laid_out).T)
     return {name: spline(60.0 * minute + times) for minute, name in enumerate(curves)}
@@ -362,75 +369,81 @@ def play(curves, times):
 def two_bone(root, target, a, b, pole):
     """Bones of lengths a and b from root towards target (..., 3), bending towards pole -> middle
     joint, end joint. A target out of reach is pulled in, so bones keep their lengths."""
-    line = unit(target - root)
-    distance = np.linalg.norm(target - root, axis=-1, keepdims=True)
-    distance = np.clip(distance, 0.1, 0.999 * (a + b))
-    aside = unit(pole - line * (pole * line).sum(-1, keepdims=True))
+    way = target - root
+    line = unit(way)
+    distance = np.linalg.norm(way, axis=-1, keepdims=True)
+    distance = distance.clip(0.1, 0.999 * (a + b))
     along = (a * a - b * b + distance * distance) / (2 * distance)
-    middle = root + along * line + np.sqrt(np.maximum(a * a - along * along, 0)) * aside
+    aside = np.sqrt(np.maximum(a * a - along * along, 0))
+    across = unit(pole - line * (pole * line).sum(-1, keepdims=True))
+    middle = root + along * line + aside * across
     return middle, root + distance * line
 
 
 def body(plan, n_frames):
-    """Plan -> joints (T, 22, 3), planted (T, 4: left ankle, left toe, right ankle, right toe).
-    planted[t] says that the joint stays where it is from frame t to t + 1."""
+    """Plan -> joints (T, 22, 3) float32."""
     times = np.arange(n_frames) / FPS
     trunk = play(plan.trunk, times)
     left, right = (play(limb, times) for limb in plan.limbs)
     limb = {name: np.array([left[name], right[name]]) for name in left}  # (2, T)
     outward = LEFTWARD[:, None]
     for name, size in (('pitch', 0.012), ('sway', 0.008)):  # nobody stands like a statue
-        phase = plan.some(0.2, 0.4) * times + plan.some(0.0, 1.0)
-        trunk[name] += size * np.sin(2 * np.pi * phase)
+        turns = plan.some(0.2, 0.4) * times + plan.some(0.0, 1.0)
+        trunk[name] += size * np.sin(2 * np.pi * turns)
 
     # the pelvis follows its feet, and leans over the one that stands
-    place = np.array([limb['x'], limb['z'], limb['yaw']])
+    place = np.array([limb['x'], limb['z'], limb['yaw']])  # (3, 2, T)
     down = limb['lift'] == 0
     centre = smooth(place.mean(1).T, 0.13).T
-    sway = trunk['sway'] + 0.035 * smooth(down[0] * 1.0 - down[1], 0.08)
-    x, z, yaw = beside(centre, 0.025 + trunk['shift'], sway)
+    lean = smooth(down[0] * 1.0 - down[1], 0.08)
+    x, z, yaw = beside(centre, 0.025 + trunk['shift'], trunk['sway'] + 0.035 * lean)
+    y = plan.some(0.948, 0.96) + trunk['height']
     joints = np.zeros((22, n_frames, 3))
-    joints[PELVIS] = np.stack([x, plan.some(0.948, 0.96) + trunk['height'], z], -1)
+    joints[PELVIS] = np.stack([x, y, z], -1)
 
     pitch = plan.some(0.0, 0.06) + trunk['pitch']
     frame = {}
-    for part, share in SHARES.items():
-        frame[part] = rotation(yaw + share * trunk['twist'], share * pitch)
-    for joint, parent, offset, part in BONES:
-        joints[joint] = joints[parent] + frame[part] @ offset
+    for joint, parent, share, offset in BONES:
+        frame[joint] = rotation(yaw + share * trunk['twist'], share * pitch)
+        joints[joint] = joints[parent] + frame[joint] @ offset
+    pelvis, chest = frame[SPINE1], frame[NECK]
 
+    # a foot turns over its toe
     x, z, _ = beside(place, FOOT_LENGTH + limb['fwd'], SPREAD * outward)
+    toe = np.stack([x, TOE_Y + limb['lift'], z], -1)
     heel = rotation(limb['yaw'], limb['tip']) @ HEEL
-    ankle = np.stack([x, TOE_Y + limb['lift'], z], -1) + heel
+    ankle = toe + heel
+
     # a planted foot out of reach lowers the pelvis, and all that hangs on it: the running maximum,
     # then its mean, is smooth and never too little
     x, y, z = np.moveaxis(joints[[L_HIP, R_HIP]] - ankle, -1, 0)
-    too_high = y - np.sqrt(np.maximum(REACH ** 2 - x ** 2 - z ** 2, 0.01))
-    too_high = np.maximum(too_high, 0) * binary_dilation(down, [[1, 1, 1]])
-    joints[..., 1] -= uniform_filter1d(maximum_filter1d(too_high.max(0), 5), 5)
+    reach = np.sqrt(np.maximum(LEG_REACH ** 2 - x ** 2 - z ** 2, 0.01))
+    too_high = np.maximum(y - reach, 0) * ndimage.binary_dilation(down, [[1, 1, 1]])
+    lower = ndimage.maximum_filter1d(too_high.max(0), 5)
+    joints[..., 1] -= ndimage.uniform_filter1d(lower, 5)
 
     hip = joints[[L_HIP, R_HIP]]
-    pole = np.cross(unit(ankle - hip), frame['pelvis'][..., 0])  # knees bend forward of the leg
+    pole = np.cross(unit(ankle - hip), pelvis[..., 0])  # knees bend forward of the leg
     knee, ankle = two_bone(hip, ankle, THIGH, SHIN, pole)
     joints[[L_KNEE, R_KNEE]] = knee
     joints[[L_ANKLE, R_ANKLE]] = ankle
     joints[[L_TOE, R_TOE]] = ankle - heel
 
-    flex, abduct = limb['flex'], limb['abduct'] * outward
+    # the wrist, in the chest's frame, and the elbow behind and below
+    flex = limb['flex']
+    abduct = limb['abduct'] * outward
     arm = [np.cos(flex) * np.sin(abduct), -np.cos(flex) * np.cos(abduct), np.sin(flex)]
-    arm = np.einsum('tij,jst->sti', frame['chest'], arm * limb['reach'])
-    pole = [frame['chest'] @ [0.5, -0.6, -0.6], frame['chest'] @ [-0.5, -0.6, -0.6]]  # of elbows
+    arm = np.einsum('tij,jst->sti', chest, arm * limb['reach'])
+    pole = np.array([chest @ [0.5, -0.6, -0.6], chest @ [-0.5, -0.6, -0.6]])
     shoulder = joints[[L_SHOULDER, R_SHOULDER]]
-    elbow, wrist = two_bone(shoulder, shoulder + arm, UPPER_ARM, FOREARM, np.array(pole))
+    elbow, wrist = two_bone(shoulder, shoulder + arm, UPPER_ARM, FOREARM, pole)
     joints[[L_ELBOW, R_ELBOW]] = elbow
     joints[[L_WRIST, R_WRIST]] = wrist
 
+    # frame 0 stands at the origin and faces +Z: row vectors times R turn by -yaw
     joints = joints.transpose(1, 0, 2)
     joints[..., [0, 2]] -= joints[0, PELVIS, [0, 2]]
-    joints = joints @ rotation(yaw[0])  # row vectors times R turn by -yaw: frame 0 faces +Z
-    planted = np.stack([down & (limb['tip'] == 0), down], 1).reshape(4, n_frames).T
-    planted[:-1] &= planted[1:]
-    return joints.astype(np.float32), planted
+    return (joints @ rotation(yaw[0])).astype(np.float32)
 
 
 LANGUAGE = json.loads((Path(__file__).resolve().parent / 'config/toy_language.json').read_text())
@@ -440,7 +453,7 @@ def make_script(rng):
     """One to three different actions, so that a caption's word pairs settle their order. Nobody
     stands up again: who sits does so last."""
     n = rng.choice([1, 2, 3], p=[0.22, 0.53, 0.25])
-    actions = [str(action) for action in rng.permutation(list(ACTIONS))[:n]]
+    actions = rng.permutation(list(ACTIONS))[:n].tolist()
     actions.sort(key=lambda action: action == 'sit down')
     script = []
     for action in actions:
@@ -466,27 +479,24 @@ def caption(script, rng):
         parts.append(pick(LANGUAGE['adverbs'][item['speed']]))
     tagged = ' '.join(part for part in parts if part)
     text = re.sub(r'(=\w+)?/[A-Z]+', '', tagged).replace(' ,', ',')
-    return text, re.sub(r'\w+=|, ', '', tagged)
+    tokens = re.sub(r'\w+=|, ', '', tagged)
+    return text, tokens
 
 
 def make_clip(seed):
-    """-> dict(joints (T, 22, 3) float32, captions [(text, tokens)], script, planted (T, 4) bool:
-    see body), the same for the same seed."""
+    """-> dict(joints (T, 22, 3) float32, captions [(text, tokens)], script), the same for the same
+    seed."""
     rng = np.random.default_rng(seed)
     n_frames = MAX_FRAMES + 1
     while n_frames > MAX_FRAMES:
-        script, plan = make_script(rng), Plan(rng)
+        script = make_script(rng)
+        plan = Plan(rng)
         for item in script:
             side = 1 if item['side'] == 'right' else 0
             ACTIONS[item['action']](plan, side, SPEEDS[item['speed']])
             plan.t += rng.uniform(0.05, 0.25)
-        n_frames = max(MIN_FRAMES, int((plan.t + rng.uniform(0.2, 0.4)) * FPS))
-    joints, planted = body(plan, n_frames)
+        seconds = plan.t + rng.uniform(0.2, 0.4)
+        n_frames = max(MIN_FRAMES, int(seconds * FPS))
+    joints = body(plan, n_frames)
     captions = dict.fromkeys(caption(script, rng) for _ in range(20))  # each once, in order
-    captions = list(captions)[:4]
-    return {'joints': joints, 'captions': captions, 'script': script, 'planted': planted}
-
-
-def generate(n, seed):
-    """-> n clips; other seeds give other clips."""
-    return [make_clip(seed * 1_000_003 + i) for i in range(n)]
+    return dict(joints=joints, captions=list(captions)[:4], script=script)

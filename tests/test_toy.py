@@ -12,12 +12,14 @@ import toy
 N = 300
 PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]
 FEET = [toy.L_ANKLE, toy.L_TOE, toy.R_ANKLE, toy.R_TOE]
+STANDING = [toy.TOE_Y + toy.HEEL[1], toy.TOE_Y] * 2  # their heights on the floor
 FAST = {'run', 'kick', 'jump'}
+FLYING = {'run', 'jump', 'hop'}
 
 
 @pytest.fixture(scope='module')
 def clips():
-    return toy.generate(N, seed=7)
+    return [toy.make_clip(7_000_000 + i) for i in range(N)]
 
 
 def unchanged(joints):
@@ -36,7 +38,7 @@ def perform(*actions, side='left', seed=0):
     plan = toy.Plan(np.random.default_rng(seed))
     for action in actions:
         toy.ACTIONS[action](plan, 1 if side == 'right' else 0, 1.0)
-    return toy.body(plan, int((plan.t + 0.3) * toy.FPS))[0]
+    return toy.body(plan, int((plan.t + 0.3) * toy.FPS))
 
 
 def item(action, side=None):
@@ -48,8 +50,6 @@ def test_same_seed_same_clip():
     assert np.array_equal(a['joints'], b['joints'])
     assert a['captions'] == b['captions'] and a['script'] == b['script']
     assert a['joints'].shape != c['joints'].shape or not np.array_equal(a['joints'], c['joints'])
-    again = toy.make_clip(5 * 1_000_003 + 1)
-    assert np.array_equal(toy.generate(2, 5)[1]['joints'], again['joints'])
 
 
 def test_shapes_and_lengths(clips):
@@ -58,7 +58,6 @@ def test_shapes_and_lengths(clips):
         assert c['joints'].shape == (t, 22, 3) and c['joints'].dtype == np.float32
         assert np.isfinite(c['joints']).all()
         assert toy.MIN_FRAMES <= t <= toy.MAX_FRAMES
-        assert c['planted'].shape == (t, 4) and c['planted'].dtype == bool
         actions = [i['action'] for i in c['script']]
         assert 1 <= len(actions) <= 3 and len(set(actions)) == len(actions)
         assert 'sit down' not in actions[:-1]
@@ -84,10 +83,14 @@ def test_bones_keep_their_length(clips):
 def test_planted_feet_stand_still_and_others_move(clips):
     share = []
     for c in clips:
-        feet, planted = c['joints'][:, FEET], c['planted'][:-1]
+        feet = c['joints'][:, FEET]
+        above = np.abs(feet[..., 1] - STANDING)
+        down = above < 1e-6
+        planted = down[:-1] & down[1:]
         moved = np.linalg.norm(np.diff(feet, axis=0), axis=-1)
         assert moved[planted].max() < 1e-4
-        assert feet[:-1, :, 1][planted].max() < 0.1  # and stand on the floor
+        if not FLYING & {i['action'] for i in c['script']}:
+            assert above.min(1).max() < 1e-3  # one always stands on the floor
         share.append((moved[~planted] > 0.01).mean() if (~planted).any() else 1.0)
     assert np.mean(share) > 0.8
 
