@@ -32,6 +32,7 @@ class Skeleton:
     feet: tuple               # left ankle, left toe, right ankle, right toe
     facing: tuple             # right hip, left hip, right shoulder, left shoulder
     fps: float
+    min_frames: int           # the field's shortest clip
     contact_threshold: float  # squared displacement per frame below which a foot stands
     units_per_metre: float
 
@@ -82,7 +83,7 @@ SKELETONS = {
         raw_offsets=_rest_directions(
             '. +x -x +y -y -y +y -y -y +y +z +z +y +x -x +z -y -y -y -y -y -y'),
         leg_joints=(5, 8), feet=(7, 10, 8, 11), facing=(2, 1, 17, 16),
-        fps=20, contact_threshold=0.002, units_per_metre=1),
+        fps=20, min_frames=40, contact_threshold=0.002, units_per_metre=1),
     'kit21': Skeleton(
         names=('pelvis', 'spine1', 'spine2', 'neck', 'head', 'right_shoulder', 'right_elbow',
                'right_wrist', 'left_shoulder', 'left_elbow', 'left_wrist', 'right_hip',
@@ -93,7 +94,7 @@ SKELETONS = {
         raw_offsets=_rest_directions(
             '. +y +y +y +y +x -y -y -x -y -y +x -y -y +z +z -x -y -y +z +z'),
         leg_joints=(17, 18), feet=(19, 20, 14, 15), facing=(11, 16, 5, 8),
-        fps=12.5, contact_threshold=0.05, units_per_metre=1000),
+        fps=12.5, min_frames=24, contact_threshold=0.05, units_per_metre=1000),
 }
 
 

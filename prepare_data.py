@@ -7,7 +7,7 @@
 
 --out=data/NAME says where to write. The folder appears only when everything in it is complete.
 Every source hands (name, features (T, D), captions) of its clips to `write_dataset`, with captions
-a list of dicts of text and tokens.
+a list of dicts of text and tokens. A clip that cannot be used is a UserError inside `skipping`.
 """
 import argparse
 import contextlib
@@ -35,9 +35,8 @@ from motion import SKELETONS, joints_to_features, mirror, resample
 
 SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
-MIN_FRAMES = {'smpl22': 40, 'kit21': 24}   # the field's shortest clips
-MAX_FRAMES = 196                           # its longest motion, 49 tokens
-TOO_LONG = 200                             # it leaves out files of so many frames
+MAX_FRAMES = 196   # the field's longest motion, 49 tokens
+TOO_LONG = 200     # it leaves out files of so many frames
 
 # -------------------------------------------------------------------------- what all have in common
 
@@ -56,6 +55,15 @@ def all_or_nothing(out):
         if out.exists():
             out.rename(Path(scratch, 'old'))
         new.rename(out)
+
+
+@contextlib.contextmanager
+def skipping(skipped):
+    """A UserError ends the block and no more: its sentence is counted in `skipped`."""
+    try:
+        yield
+    except UserError as reason:
+        skipped[str(reason)] += 1
 
 
 def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **how):
@@ -81,7 +89,7 @@ def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **
     meta = dict(
         name=name, skeleton=skeleton_key, fps=skeleton.fps, dim=skeleton.dim,
         n_joints=skeleton.n_joints, unit_length=FRAMES_PER_TOKEN,
-        min_frames=MIN_FRAMES[skeleton_key], max_frames=MAX_FRAMES,
+        min_frames=skeleton.min_frames, max_frames=MAX_FRAMES,
         contact_threshold=skeleton.contact_threshold, units_per_metre=skeleton.units_per_metre,
         steady=False, counts=counts, skipped=dict(skipped))
     save_meta(folder, {**meta, **how}, *stats)
@@ -213,86 +221,76 @@ def bandai_joints(file):
 
 
 def bandai_clips(file):
-    """(path, bytes) -> split, list of clips, and the reason if there are none.
+    """(path, bytes) -> split, list of clips, Counter of reasons why there are none.
 
     The split hangs on a hash of the name: the same for everybody, whatever else is there. Longer
     motion is cut into equal pieces; in the training split each has its mirror image beside it.
     """
     path = Path(file[0])
-    name = path.stem
-    percent = int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
+    percent = int(hashlib.md5(path.stem.encode()).hexdigest(), 16) % 100
     split = 'train' if percent < 85 else 'val' if percent < 90 else 'test'
     content, style = BANDAI_FILE.fullmatch(path.name).groups()
-    try:
-        captions = bandai_captions(content, style)
+    clips, skipped = [], Counter()
+    with skipping(skipped):
         joints = bandai_joints(file)
-    except UserError as reason:
-        return split, [], str(reason)
-    frames = len(joints) - 1   # the features use up one
-    if frames < MIN_FRAMES['smpl22']:
-        return split, [], f'shorter than {MIN_FRAMES["smpl22"]} frames'
+        frames = len(joints) - 1   # the features use up one
+        if frames < SMPL.min_frames:
+            raise UserError(f'shorter than {SMPL.min_frames} frames')
+        bodies = [(path.stem, joints, bandai_captions(content, style))]
+        if split == 'train':
+            captions = bandai_captions(swap_sides(content), style)
+            bodies.append(('M' + path.stem, mirror(joints, SMPL), captions))
 
-    bodies = [('', joints, captions)]
-    if split == 'train':
-        bodies.append(('M', mirror(joints, SMPL), bandai_captions(swap_sides(content), style)))
-    clips = []
-    edges = np.linspace(0, frames, math.ceil(frames / MAX_FRAMES) + 1).astype(int)
-    for number, (first, last) in enumerate(pairwise(edges)):
-        suffix = f'-{number}' if frames > MAX_FRAMES else ''
-        for sign, body, captions in bodies:
-            piece = body[first:last + 1]   # one frame more, for the last velocity
-            features = joints_to_features(piece, SMPL, steady=True).astype(np.float32)
-            clips.append((sign + name + suffix, features, captions))
-    return split, clips, None
+        edges = np.linspace(0, frames, math.ceil(frames / MAX_FRAMES) + 1).astype(int)
+        for number, (first, last) in enumerate(pairwise(edges)):
+            suffix = f'-{number}' if frames > MAX_FRAMES else ''
+            for name, body, captions in bodies:
+                piece = body[first:last + 1]   # one frame more, for the last velocity
+                features = joints_to_features(piece, SMPL, steady=True).astype(np.float32)
+                clips.append((name + suffix, features, captions))
+    return split, clips, skipped
 
 
 def prepare_bandai(folder, src):
     """Bandai-Namco-Research-Motiondataset 1 and 2. A mirror image is named 'M' + name."""
     splits = {split: [] for split in SPLITS}
     skipped = Counter()
-    for split, clips, reason in in_parallel(bandai_clips, bandai_files(src), 'bandai'):
+    for split, clips, reasons in in_parallel(bandai_clips, bandai_files(src), 'bandai'):
         splits[split] += clips
-        if reason:
-            skipped[reason] += 1
+        skipped += reasons
     write_dataset(folder, 'bandai', 'smpl22', splits, skipped, steady=True)
 
 
 # ------------------------------------ hml3d, kit, babel: features in new_joint_vecs/<id>.npy (T, D)
 
 
-def load_features(path, skeleton, skipped):
-    """Features (T, D) of one file; None where they cannot be used, counted in skipped."""
+def load_features(path, skeleton):
+    """Features (T, D) of one file. UserError where they cannot be used."""
+    if not path.exists():
+        raise UserError('features file missing')
     try:
         features = np.load(path)
-    except FileNotFoundError:
-        reason = 'features file missing'
     except (ValueError, EOFError, OSError):
-        reason = 'features file unreadable'
-    else:
-        if features.ndim != 2 or features.shape[1] != skeleton.dim:
-            reason = f'features not {skeleton.dim} wide (found {features.shape[1:]})'
-        elif not np.isfinite(features).all():
-            reason = 'NaN or infinity in features'
-        else:
-            return features
-    skipped[reason] += 1
-    return None
+        raise UserError('features file unreadable') from None
+    if features.ndim != 2 or features.shape[1] != skeleton.dim:
+        raise UserError(f'features not {skeleton.dim} wide (found {features.shape[1:]})')
+    if not np.isfinite(features).all():
+        raise UserError('NaN or infinity in features')
+    return features
 
 
-def right_length(features, shortest, skipped, what='clip'):
-    """The field's rule, shortest <= frames < 200, counted in skipped where it fails."""
-    if shortest <= len(features) < TOO_LONG:
-        return True
-    wrong = f'shorter than {shortest}' if len(features) < shortest else f'of {TOO_LONG} or more'
-    skipped[f'{what} {wrong} frames'] += 1
-    return False
+def check_length(features, skeleton, what):
+    """The field's rule."""
+    if len(features) < skeleton.min_frames:
+        raise UserError(f'{what} shorter than {skeleton.min_frames} frames')
+    if len(features) >= TOO_LONG:
+        raise UserError(f'{what} of {TOO_LONG} or more frames')
 
 
 def read_captions(path, skipped):
-    """Lines `caption#word/TAG word/TAG#from#to` -> [(caption, from, to)] in seconds; nan is 0."""
+    """Lines 'caption#word/TAG word/TAG#from#to' -> [(caption, from, to)] in seconds; nan is 0."""
     if not path.exists():
-        skipped['text file missing'] += 1
-        return []
+        raise UserError('text file missing')
     captions = []
     lines = path.read_text(encoding='utf-8-sig', errors='replace').split('\n')
     for line in filter(str.strip, lines):
@@ -312,27 +310,28 @@ def field_clips(src, ids, split, skeleton_key, skipped):
     """Yield the clips of a split of HumanML3D or KIT-ML, by the field's rules: a caption with
     from/to other than 0 names a sub-clip of its own."""
     skeleton = SKELETONS[skeleton_key]
-    shortest = MIN_FRAMES[skeleton_key]
     for name in tqdm(ids, split, unit='clip'):
-        features = load_features(Path(src, 'new_joint_vecs', f'{name}.npy'), skeleton, skipped)
-        if features is None or not right_length(features, shortest, skipped):
-            continue
-        whole = []
-        captions = read_captions(Path(src, 'texts', f'{name}.txt'), skipped)
-        for k, (caption, start, end) in enumerate(captions):
-            if start == end == 0:
-                whole.append(caption)
-                continue
-            part = features[int(start * skeleton.fps):int(end * skeleton.fps)]
-            if right_length(part, shortest, skipped, 'sub-clip'):
-                yield f'{name}-{k}', part, [caption]
-        if whole:
-            yield name, features, whole
+        with skipping(skipped):
+            features = load_features(Path(src, 'new_joint_vecs', f'{name}.npy'), skeleton)
+            check_length(features, skeleton, 'clip')
+            captions = read_captions(Path(src, 'texts', f'{name}.txt'), skipped)
+            whole = []
+            for k, (caption, start, end) in enumerate(captions):
+                if start == end == 0:
+                    whole.append(caption)
+                    continue
+                with skipping(skipped):
+                    part = features[int(start * skeleton.fps):int(end * skeleton.fps)]
+                    check_length(part, skeleton, 'sub-clip')
+                    yield f'{name}-{k}', part, [caption]
+            if whole:
+                yield name, features, whole
 
 
-def prepare_field(folder, src, name, skeleton_key):
+def prepare_field(folder, src, name):
     """HumanML3D or KIT-ML as everybody has it: new_joint_vecs/, texts/, train.txt val.txt test.txt,
     Mean.npy Std.npy. Without the lists or the statistics it works too."""
+    skeleton_key = 'kit21' if name == 'kit' else 'smpl22'
     for part in ('new_joint_vecs', 'texts'):
         if not Path(src, part).is_dir():
             raise UserError(f'{src} has no folder {part}; --src is the folder that holds '
@@ -401,21 +400,21 @@ def babel_clips(src, entries, split, skipped):
         path = Path(src, 'new_joint_vecs', f'{sid}.npy')
         if not path.exists():
             path = path.with_name(Path(entry.get('feat_p') or '').stem + '.npy')
-        features = load_features(path, SMPL, skipped)
-        if features is None:
-            continue
-        segments, whole = entry.get('frame_ann') or {}, entry.get('seq_ann') or {}
-        for k, label in enumerate(segments.get('labels') or whole.get('labels') or []):
-            text = (label.get('proc_label') or label.get('raw_label') or '').strip()
-            if text in ('', 'transition'):
-                skipped['segment without a label, or a transition'] += 1
-                continue
-            start, end = label.get('start_t'), label.get('end_t')
-            part = features
-            if start is not None and end is not None:
-                part = features[int(start * SMPL.fps):int(end * SMPL.fps)]
-            if right_length(part, MIN_FRAMES['smpl22'], skipped, 'segment'):
-                yield f'{sid}-{k}', part, [dict(text=text, tokens=simple_tags(text))]
+        segments = (entry.get('frame_ann') or {}).get('labels')
+        whole = (entry.get('seq_ann') or {}).get('labels')
+        with skipping(skipped):
+            features = load_features(path, SMPL)
+            for k, label in enumerate(segments or whole or []):
+                with skipping(skipped):
+                    text = (label.get('proc_label') or label.get('raw_label') or '').strip()
+                    if text in ('', 'transition'):
+                        raise UserError('segment without a label, or a transition')
+                    start, end = label.get('start_t'), label.get('end_t')
+                    part = features
+                    if start is not None and end is not None:
+                        part = features[int(start * SMPL.fps):int(end * SMPL.fps)]
+                    check_length(part, SMPL, 'segment')
+                    yield f'{sid}-{k}', part, [dict(text=text, tokens=simple_tags(text))]
 
 
 def prepare_babel(folder, src):
@@ -459,7 +458,7 @@ def main(argv=None):
         elif args.name == 'babel':
             prepare_babel(folder, args.src)
         else:
-            prepare_field(folder, args.src, args.name, 'kit21' if args.name == 'kit' else 'smpl22')
+            prepare_field(folder, args.src, args.name)
     print(f'wrote {out}')
 
 
