@@ -10,36 +10,29 @@ momask.py reads the released weights.
     d embedding size
 """
 import hashlib
+import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import runtime
-from configurator import UserError
-from data import by_length
+from configurator import HERE, UserError
+from data import equal_lengths
 
 # -------------------------------------------------------------------------------------------- words
-# "walk/VERB left/ADJ" -> word vectors and tag one-hots. The tags in one-hot order, and the words
-# that override the tagger, are data of Guo et al.'s word vectorizer.
+# "walk/VERB left/ADJ" -> word vectors and tag one-hots
 
 MAX_WORDS = 20   # words of a caption that count
 POSITIONS = 22   # they, sos and eos
-TAGS = ['VERB', 'NOUN', 'DET', 'ADP', 'NUM', 'AUX', 'PRON', 'ADJ', 'ADV',
-        'Loc_VIP', 'Body_VIP', 'Obj_VIP', 'Act_VIP', 'Desc_VIP', 'OTHER']
-VIP_WORDS = {
-    'Loc_VIP': 'anticlockwise back backward clockwise counterclockwise curve down forward left '
-               'right straight up',
-    'Body_VIP': 'arm chin eye face feet foot hand knee leg mouth shoulder thigh waist',
-    'Obj_VIP': 'ball baseball basketball car chair dumbbell floor handrail stair window',
-    'Act_VIP': 'balance bend bring climb dance flap hop jog jump kick kneel lean lift lower pick '
-               'put raise rotate rub run shuffle sit spin spread squat stand stop stroll stumble '
-               'swing throw turn walk wash',
-    'Desc_VIP': 'angrily angry careful carefully fast happily happy quickly sad sadly slow slowly'}
+# of Guo et al.'s word vectorizer: the tags in one-hot order, words that override the tagger
+WORD_TAGS = json.loads(Path(HERE, 'config', 'word_tags.json').read_text())
+TAGS, VIP_WORDS = WORD_TAGS['tags'], WORD_TAGS['vip_words']
 VIP_TAG = {word: tag for tag, words in VIP_WORDS.items() for word in words.split()}
 
 
@@ -88,12 +81,13 @@ class Words:
         self.dim = len(self.vectors['unk']) if glove_dir else dim
 
     def vector(self, word):
-        """(dim,) float32, or None when GloVe does not know the word."""
-        if not self.glove_dir and word not in self.vectors:
-            seed = np.frombuffer(hashlib.blake2b(word.encode(), digest_size=16).digest(), '<u4')
+        """(dim,) float32, of a word that GloVe knows or of any hashed one."""
+        if word not in self.vectors:
+            digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
+            seed = np.frombuffer(digest, '<u4')
             normal = np.random.RandomState(seed).randn(self.dim)   # a stream frozen by promise
             self.vectors[word] = (normal * 5 / self.dim ** 0.5).astype(np.float32)   # GloVe's size
-        return self.vectors.get(word)
+        return self.vectors[word]
 
     def read_token(self, token):
         """'walk/VERB' -> vector (dim,) and the position of its tag in TAGS."""
@@ -101,11 +95,9 @@ class Words:
         if not slash:
             raise UserError(f'the caption token {token!r} has no tag: write word/TAG.')
         tag = VIP_TAG.get(word, tag)
-        vector = self.vector(word)
-        if vector is None:
-            vector = self.vectors['unk']
-            tag = 'OTHER'
-        return vector, TAGS.index(tag if tag in TAGS else 'OTHER')
+        if self.glove_dir and word not in self.vectors:
+            word, tag = 'unk', 'OTHER'
+        return self.vector(word), TAGS.index(tag if tag in TAGS else 'OTHER')
 
     def encode(self, captions):
         """captions: N strings of "word/TAG word/TAG" -> vectors (N, 22, dim), tags (N, 22, 15),
@@ -194,10 +186,9 @@ class Evaluator(nn.Module):
             raise UserError(f'the text encoder reads {word_dim}-d word vectors, '
                             f'the words given are {words.dim}-d.')
         self.words = words
-        mean = torch.as_tensor(mean, dtype=torch.float32)
-        std = torch.as_tensor(std, dtype=torch.float32)
-        self.register_buffer('mean', mean, persistent=False)
-        self.register_buffer('std', std, persistent=False)
+        for name, values in (('mean', mean), ('std', std)):
+            values = torch.as_tensor(values, dtype=torch.float32)
+            self.register_buffer(name, values, persistent=False)
         self.movement_encoder = MovementEncoder(len(mean) - 4, movement, code)
         self.motion_encoder = BiGRU(code, motion_hidden, out)
         self.text_encoder = TextEncoder(word_dim, tag_dim, text_hidden, out)
@@ -220,15 +211,13 @@ class Evaluator(nn.Module):
             raise UserError('this evaluator has no word vectors: give glove_dir, a folder with '
                             'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl.')
         self.eval()
-        unique = list(dict.fromkeys(captions))
-        row = {caption: i for i, caption in enumerate(unique)}
+        unique, row = np.unique(captions, return_inverse=True)
         out = torch.empty(len(unique), self.config['out'])
         for i in range(0, len(unique), batch):
             words, tags, lengths = self.words.encode(unique[i:i + batch])
-            words = words.to(self.mean.device)
-            tags = tags.to(self.mean.device)
+            words, tags = words.to(self.mean.device), tags.to(self.mean.device)
             out[i:i + batch] = self.text_encoder(words, tags, lengths).cpu()
-        return out[[row[caption] for caption in captions]]
+        return out[torch.from_numpy(row)]
 
     @torch.no_grad()
     def embed_motion(self, features, lengths, batch=256):
@@ -239,20 +228,16 @@ class Evaluator(nn.Module):
         if len(lengths) != len(features):
             raise ValueError(f'{len(features)} motions but {len(lengths)} lengths')
         self.eval()
-        lengths = torch.tensor([int(n) for n in lengths], dtype=torch.long)
+        lengths = torch.as_tensor(lengths).long().cpu()
         out = torch.empty(len(lengths), self.config['out'])
-        # The field pads every clip with zeros to max_frames. The last movement sees 4 of them at
-        # most, so 4 behind the longest clip of a batch give the same vectors. A clip of just
-        # max_frames has none behind it, and must not share a batch with longer ones.
-        top = self.config['max_frames']
-        for group in by_length(lengths, batch):
-            longer = lengths[group] > top
-            for rows in (group[~longer], group[longer]):
-                clips = [self.read_clip(i, features[i], lengths[i]) for i in rows.tolist()]
-                if clips:
-                    x = pad_sequence(clips, batch_first=True)
-                    x = x if x.shape[1] == top else F.pad(x, (0, 0, 0, 4))
-                    out[rows] = self.encode_motion(x, lengths[rows]).cpu()
+        for group in equal_lengths(lengths, batch):
+            n = lengths[group]
+            x = torch.stack([self.read_clip(i, features[i], n[0]) for i in group.tolist()])
+            # The field pads every clip with zeros to max_frames. The last movement sees 4 of them
+            # at most; behind a clip of just max_frames there are none.
+            if n[0] != self.config['max_frames']:
+                x = F.pad(x, (0, 0, 0, 4))
+            out[group] = self.encode_motion(x, n).cpu()
         return out
 
     def read_clip(self, i, clip, length):
@@ -268,11 +253,9 @@ class Evaluator(nn.Module):
         return clip
 
     def save(self, path, **extra):
-        """Write sizes, statistics, kind of word vectors, weights and `extra` (plain values)."""
-        words = self.words and ('glove' if self.words.glove_dir else 'hash')
-        glove_dir = self.words and self.words.glove_dir
+        """Write sizes, statistics, where GloVe lies (None: hashed), weights, `extra` (plain)."""
         runtime.save({'kind': 'evaluator', 'config': self.config, 'mean': self.mean.cpu(),
-                      'std': self.std.cpu(), 'words': words, 'glove_dir': glove_dir,
+                      'std': self.std.cpu(), 'glove_dir': self.words.glove_dir,
                       'state': self.state_dict(), **extra}, path)
 
     @classmethod
@@ -280,14 +263,10 @@ class Evaluator(nn.Module):
         """The evaluator written by save, in eval mode; glove_dir: where GloVe lies now, if it
         moved. UserError for a file that is missing, damaged or of another kind."""
         data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first')
-        keys = {'config', 'mean', 'std', 'words', 'glove_dir', 'state'}
-        if not isinstance(data, dict) or not keys <= data.keys():
+        if not isinstance(data, dict) or data.get('kind') != 'evaluator':
             raise UserError(f'{path} is no evaluator checkpoint: train_eval.py writes one.')
-        words = None
-        if data['words'] == 'hash':
-            words = Words(dim=data['config']['word_dim'])
-        elif data['words'] == 'glove':
-            words = Words(glove_dir or data['glove_dir'])
+        glove_dir = data['glove_dir'] and (glove_dir or data['glove_dir'])
+        words = Words(glove_dir, data['config']['word_dim'])
         model = cls(data['mean'], data['std'], words, **data['config'])
         runtime.load_named(model, data['state'], path)
         return model.eval()
@@ -352,20 +331,20 @@ def r_precision(text, motion, batch=32, same=None):
 
 
 def mm_dist(text, motion):
-    """Mean Euclidean distance of paired (N, d) text and motion vectors."""
-    return float(np.linalg.norm(float64(text) - float64(motion), axis=-1).mean())
+    """Mean Euclidean distance of paired (..., d) text and motion vectors."""
+    apart = float64(text) - float64(motion)
+    return float(np.linalg.norm(apart, axis=-1).mean())
 
 
 def mean_pair_distance(emb, pairs, rng):
     """emb (..., N, d): mean distance of two random subsets of `pairs` vectors."""
-    a = rng.choice(emb.shape[-2], pairs, replace=False)
-    b = rng.choice(emb.shape[-2], pairs, replace=False)
-    return float(np.linalg.norm(emb[..., a, :] - emb[..., b, :], axis=-1).mean())
+    a, b = (rng.choice(emb.shape[-2], pairs, replace=False) for _ in range(2))
+    return mm_dist(emb[..., a, :], emb[..., b, :])
 
 
 def diversity(emb, rng):
     """Mean distance of 300 random pairs of emb (N, d), N where there are fewer. rng: numpy's."""
-    return mean_pair_distance(float64(emb), min(300, len(emb)), rng)
+    return mean_pair_distance(emb, min(300, len(emb)), rng)
 
 
 def multimodality(emb, rng):
@@ -373,15 +352,14 @@ def multimodality(emb, rng):
     if emb.shape[1] < 10:
         raise ValueError("multimodality draws 10 of each text's generations, "
                          f'there are only {emb.shape[1]}')
-    return mean_pair_distance(float64(emb), 10, rng)
+    return mean_pair_distance(emb, 10, rng)
 
 
 def mpjpe(pred, gt):
     """Mean joint error per frame with both pelvises (joint 0) at the origin: (T, J, 3) twice ->
     (T,), in the joints' unit (metres: times 1000 for the tables). Source: momask's evaluation."""
-    pred = float64(pred)
-    gt = float64(gt)
-    error = (pred - pred[:, :1]) - (gt - gt[:, :1])
+    error = float64(pred) - float64(gt)
+    error = error - error[:, :1]
     return np.linalg.norm(error, axis=-1).mean(-1)
 
 
