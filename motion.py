@@ -46,8 +46,8 @@ class Skeleton:
 
     @property
     def parents(self):
-        """(J,) parent of each joint, -1 for the root."""
-        parents = np.full(self.n_joints, -1)
+        """(J,) parent of each joint; the root is its own."""
+        parents = np.zeros(self.n_joints, dtype=int)
         for chain in self.chains:
             parents[list(chain[1:])] = chain[:-1]
         return parents
@@ -100,22 +100,26 @@ SKELETONS = {
 
 def mirror(joints, skeleton):
     """Left and right exchanged: joints (..., J, 3) reflected in the plane x = 0."""
-    return joints[..., skeleton.swap, :] * np.array([-1, 1, 1], dtype=joints.dtype)
+    flip = np.array([-1, 1, 1], dtype=joints.dtype)
+    return flip * joints[..., skeleton.swap, :]
 
 
 def bone_offsets(joints, skeleton):
     """Rest-pose offsets (J, 3) of the body seen in one pose (J, 3), for `joints_to_features`."""
-    bones = joints - joints[np.maximum(skeleton.parents, 0)]
-    return skeleton.raw_offsets * np.linalg.norm(bones, axis=-1)[:, None]
+    bones = joints - joints[skeleton.parents]
+    lengths = np.linalg.norm(bones, axis=-1)
+    return skeleton.raw_offsets * lengths[:, None]
 
 
 def smooth(x, sigma):
     """Gaussian filter along axis 0, the ends held, cut at 4 sigma: (T, ...) -> (T, ...)."""
     reach = 4 * sigma
-    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    steps = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (steps / sigma) ** 2)
+    weights /= weights.sum()
     held = np.clip(np.arange(-reach, len(x) + reach), 0, len(x) - 1)
-    windows = sliding_window_view(x[held], len(weights), axis=0)
-    return windows @ (weights / weights.sum())
+    windows = sliding_window_view(x[held], len(steps), axis=0)
+    return windows @ weights
 
 
 def resample(joints, fps, new_fps):
@@ -134,20 +138,21 @@ def _turn(vectors, yaw):
     """Vectors (..., 3) turned about Y by yaw (...); the two broadcast."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     x, y, z = np.moveaxis(vectors, -1, 0)
-    x, y, z = np.broadcast_arrays(cos * x + sin * z, y, cos * z - sin * x)
-    return np.stack([x, y, z], -1)
+    turned = np.broadcast_arrays(cos * x + sin * z, y, cos * z - sin * x)
+    return np.stack(turned, -1)
 
 
 def _unit(vectors, fallback):
     """Vectors (..., 3) at length 1; the fallback where there is no length."""
-    norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.where(norm > 1e-8, vectors / np.maximum(norm, 1e-8), fallback)
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    directions = vectors / np.maximum(length, 1e-8)
+    return np.where(length > 1e-8, directions, fallback)
 
 
 def _facing(joints, skeleton, hip_sign=1):
     """x and z (..., 2) of up x the unit line across hips and shoulders; short where it tilts."""
-    right_hip, left_hip, right_shoulder, left_shoulder = (
-        joints[..., j, :] for j in skeleton.facing)
+    facing = np.moveaxis(joints[..., skeleton.facing, :], -2, 0)
+    right_hip, left_hip, right_shoulder, left_shoulder = facing
     across = hip_sign * (right_hip - left_hip) + right_shoulder - left_shoulder
     across = _unit(across, np.array([-1.0, 0.0, 0.0]))
     return np.stack([across[..., 2], -across[..., 0]], -1)
@@ -172,18 +177,19 @@ def _heading(joints, skeleton, steady):
 
 def _bone_directions(joints, skeleton):
     """Unit vector from the parent to each joint (T, J, 3); at rest for a bone of no length."""
-    parents = np.maximum(skeleton.parents, 0)
-    return _unit(joints - joints[:, parents], skeleton.raw_offsets)
+    return _unit(joints - joints[:, skeleton.parents], skeleton.raw_offsets)
 
 
 def _retarget(joints, skeleton, offsets):
     """The same bone directions with other bone lengths; root travel scales with leg length."""
+    own_offsets = bone_offsets(joints[0], skeleton)
     lengths = np.linalg.norm(offsets, axis=-1)
-    own_lengths = np.linalg.norm(bone_offsets(joints[0], skeleton), axis=-1)
+    own_lengths = np.linalg.norm(own_offsets, axis=-1)
     legs = list(skeleton.leg_joints)
+    scale = lengths[legs].sum() / own_lengths[legs].sum()
     bones = lengths[:, None] * _bone_directions(joints, skeleton)
     result = np.empty_like(joints)
-    result[:, 0] = joints[:, 0] * (lengths[legs].sum() / own_lengths[legs].sum())
+    result[:, 0] = scale * joints[:, 0]
     for chain in skeleton.chains:
         for parent, j in zip(chain, chain[1:]):
             result[:, j] = result[:, parent] + bones[:, j]
@@ -203,15 +209,18 @@ def _rotations(joints, skeleton, yaw):
     """
     rest = skeleton.raw_offsets
     # opposite directions have no line between them; any axis square to both will do
-    halfway = _unit(rest + _bone_directions(joints, skeleton), np.roll(rest, -1, axis=-1))
+    square = np.roll(rest, -1, axis=-1)
+    halfway = _unit(rest + _bone_directions(joints, skeleton), square)
     world = _half_turn(halfway) @ _half_turn(rest)
+
     # every chain starts from the turn into the root frame, the arms' too, not from the spine's
     world[:, 0] = _turn(np.eye(3), yaw[:, None])  # the rows of that turn's matrix
     before = np.zeros(skeleton.n_joints, dtype=int)
     for chain in skeleton.chains:
         before[list(chain[2:])] = chain[1:-1]
-    relative = world[:, before].swapaxes(-1, -2) @ world[..., :2]
-    return relative[:, 1:].swapaxes(-1, -2).reshape(len(joints), -1, 6)
+    inverse = world[:, before].swapaxes(-1, -2)
+    columns = (inverse @ world[..., :2]).swapaxes(-1, -2)
+    return columns[:, 1:].reshape(len(joints), -1, 6)
 
 
 def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, steady=False):
@@ -247,7 +256,7 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     below_root = joints[:, :1] * [1, 0, 1]
     positions = _turn(joints - below_root, -yaw[:, None])[:-1]
     velocities = _turn(step, -yaw[:-1, None])
-    contacts = (step[:, list(skeleton.feet)] ** 2).sum(-1) < contact_threshold
+    moved = (step[:, skeleton.feet] ** 2).sum(-1)
     n = len(step)
     return np.concatenate([
         -np.diff(yaw)[:, None] / 2,
@@ -256,7 +265,7 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
         positions[:, 1:].reshape(n, -1),
         _rotations(joints, skeleton, yaw)[:-1].reshape(n, -1),
         velocities.reshape(n, -1),
-        contacts,
+        moved < contact_threshold,
     ], -1)
 
 
@@ -285,11 +294,12 @@ def features_to_joints(features, n_joints):
     velocity = np.zeros_like(x[..., :3])
     velocity[..., 1:, :] = x[..., :-1, :3]
     yaw = -2 * np.cumsum(velocity[..., 0], -1)  # feature 0 is half the angle, the other way round
-    root_step = np.stack([velocity[..., 1], np.zeros_like(yaw), velocity[..., 2]], -1)
-    root = np.cumsum(_turn(root_step, yaw), -2)
+    step = np.stack([velocity[..., 1], np.zeros_like(yaw), velocity[..., 2]], -1)
+    root = np.cumsum(_turn(step, yaw), -2)
 
     joints = np.zeros((*x.shape[:-1], n_joints, 3))
     joints[..., 0, 1] = x[..., 3]
-    joints[..., 1:, :] = x[..., 4:4 + 3 * (n_joints - 1)].reshape(*x.shape[:-1], n_joints - 1, 3)
+    positions = x[..., 4:3 * n_joints + 1]
+    joints[..., 1:, :] = positions.reshape(*x.shape[:-1], n_joints - 1, 3)
     joints = _turn(joints, yaw[..., None]) + root[..., None, :]
     return joints.astype(features.dtype)
