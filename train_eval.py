@@ -75,32 +75,31 @@ print(f'{data}: {len(train)} train and {len(val)} val clips, '
       f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters')
 
 
-def draw(clips, rows, generator, crop):
-    """rows of clips -> motions, a list of (T, D), and one caption of each, a list of dicts."""
-    captions, first, frames = clips.draw(rows, generator, crop)
-    return clips.features(first, frames), [clips.split.captions[i] for i in captions]
+def draw(clips, size, generator, crop):
+    """So many random clips -> motions, a list of (T, D), and of one caption each: texts, tokens
+    and numbers of clips."""
+    rows = torch.randperm(len(clips), generator=generator)[:size]
+    picks, first, frames = clips.draw(rows, generator, crop)
+    captions = [clips.split.captions[i] for i in picks]
+    texts, tokens, clip = ([c[key] for c in captions] for key in ('text', 'tokens', 'clip'))
+    return clips.features(first, frames), texts, tokens, clip
 
 
 def training_batch():
     """ev_batch random clips, cropped as in the field -> normalized motion (B, T, D) with zeros
     behind each end, lengths (B,), tokens (B strings), match (B, B): is text i one of clip j's?"""
-    rows = torch.randperm(len(train), generator=generator)[:ev_batch]
-    motions, captions = draw(train, rows, generator, crop=True)
+    motions, texts, tokens, clip = draw(train, ev_batch, generator, crop=True)
     x = [model.normalize(torch.from_numpy(motion).to(run.device)) for motion in motions]
     x = F.pad(pad_sequence(x, batch_first=True), (0, 0, 0, 4))
     lengths = torch.tensor([len(motion) for motion in motions])
-    own = [texts_of_clip[caption['clip']] for caption in captions]
-    match = [[caption['text'] in texts for texts in own] for caption in captions]
-    tokens = [caption['tokens'] for caption in captions]
+    match = [[text in texts_of_clip[j] for j in clip] for text in texts]
     return x, lengths, tokens, torch.tensor(match, device=run.device)
 
 
 def all_pairs(clips):
     """Every clip once, whole, in an order shuffled always alike -> motions, texts, tokens."""
     fixed = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(clips), generator=fixed)
-    motions, captions = draw(clips, rows, fixed, crop=False)
-    return motions, [c['text'] for c in captions], [c['tokens'] for c in captions]
+    return draw(clips, len(clips), fixed, crop=False)[:3]
 
 
 def embed(motions):
@@ -162,7 +161,6 @@ params = [p for p in model.parameters() if p.requires_grad] + [log_scale]
 opt = torch.optim.AdamW(params, weight_decay=ev_weight_decay, betas=(0.9, 0.99))
 motions, texts, tokens = all_pairs(val)
 best = -1.0
-losses = []
 for step in tqdm(range(ev_steps), desc='2 matching', mininterval=1):
     model.train()
     x, lengths, captions, match = training_batch()
@@ -172,10 +170,9 @@ for step in tqdm(range(ev_steps), desc='2 matching', mininterval=1):
         motion = model.encode_motion(x, lengths)
     loss = matching_loss(text.float(), motion.float(), match)
     update(opt, loss, step, ev_steps)
-    losses.append(loss.detach())
     if (step + 1) % ev_eval_every == 0 or step + 1 == ev_steps:
         top = r_precision(model.embed_text(tokens), embed(motions), min(32, len(val)), texts)
-        tqdm.write(f'step {step + 1}: loss {torch.stack(losses[-100:]).mean():.3f}, '
+        tqdm.write(f'step {step + 1}: loss {loss.item():.3f}, '
                    f'val top-1 {top[0]:.3f} top-2 {top[1]:.3f} top-3 {top[2]:.3f}')
         if top.mean() >= best:
             best = top.mean()
@@ -187,7 +184,8 @@ def warp(x, strength, phase):
     by it. The duration stays; strength < 1, so time never runs backwards."""
     T, D = x.shape
     u = np.linspace(0, 2 * np.pi, T)
-    t = (u + strength * (np.sin(u + phase) - np.sin(phase))) / (2 * np.pi) * (T - 1)
+    played = u + strength * (np.sin(u + phase) - np.sin(phase))
+    t = played / (2 * np.pi) * (T - 1)
     low = t.astype(int).clip(0, T - 2)
     share = np.float32(t - low)[:, None]
     y = x[low] * (1 - share) + x[low + 1] * share
@@ -233,9 +231,10 @@ for name, fids in curves.items():
     rises[name] = bool((np.diff(list(fids.values())) > 0).all())
     row = '  '.join(f'{level:g}: {value:.4f}' for level, value in fids.items())
     print(f'FID, {name:15s} {row}  {"rises" if rises[name] else "DOES NOT RISE"}')
+seconds = round(time.time() - clock, 1)
 result = {'data': data, 'clips': N, 'texts': len(set(texts)), 'batch': min(32, N),
           'r_precision': r_real.tolist(), 'r_precision_shuffled': r_wrong.tolist(),
-          **curves, 'fid_monotonic': rises, 'seconds': round(time.time() - clock, 1)}
+          **curves, 'fid_monotonic': rises, 'seconds': seconds}
 with atomic_write(os.path.join(out_dir, 'evaluator.json'), 'w') as f:
     json.dump(result, f, indent=1)
-print(f'{time.time() - clock:.0f} s; {path} and evaluator.json beside it')
+print(f'{seconds:.0f} s; {path} and evaluator.json beside it')
