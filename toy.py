@@ -29,13 +29,11 @@ LEFTWARD = np.array([1, -1])  # by side
  R_WRIST) = range(22)
 
 # The body's sizes, as in HumanML3D's default skeleton, rounded. Vectors are (left, up, forward).
-THIGH, SHIN = 0.385, 0.43
-UPPER_ARM, FOREARM = 0.257, 0.266
+THIGH, SHIN, UPPER_ARM, FOREARM = 0.385, 0.43, 0.257, 0.266
 LEG_REACH = 0.995 * (THIGH + SHIN)  # a leg never straightens completely
 SPREAD = 0.085                      # half the distance between the feet
 FOOT_LENGTH, TOE_Y = 0.125, 0.02
 HEEL = [0, 0.055, -FOOT_LENGTH]     # toe to ankle
-
 BONES = [  # joint, parent, the share it takes of the trunk's pitch and twist, offset in that frame
     (SPINE1, PELVIS, 0.35, [0, 0.12, -0.03]),
     (L_HIP, PELVIS, 0.35, [0.062, -0.085, -0.005]),
@@ -195,8 +193,7 @@ class Plan:
         """Push off for crouch seconds, rise, and land at a place when gravity says so."""
         speed = np.sqrt(2 * 9.81 * rise)
         flight = 2 * speed / 9.81
-        self.move(crouch, speed=speed, height=0.03)
-        self.t += crouch
+        self.go(crouch, speed=speed, height=0.03)
         self.move(flight, speed=-speed, height=0.0)
         for foot in feet:
             self.step(foot, flight, place, rise + tuck, tip, flight=True)
