@@ -222,12 +222,11 @@ def statistics(folder, dim):
     arrays = []
     for name in ('mean.npy', 'std.npy'):
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            raise UserError(f'{path} is missing: the release keeps mean.npy and std.npy there.')
         try:
             array = np.load(path)
         except (ValueError, EOFError, OSError):
-            raise UserError(f'{path} is not a readable .npy array: get it again.') from None
+            raise UserError(f'{path} is missing or no readable .npy array: the release keeps '
+                            'mean.npy and std.npy there; get it again.') from None
         if array.shape != (dim,):
             raise UserError(f'{path} is {array.shape}, expected ({dim},) as the weights: it '
                             'belongs to another data set.')

@@ -76,7 +76,9 @@ def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **
     skeleton = SKELETONS[skeleton_key]
     counts = {}
     for split, clips in splits.items():
-        if count := write_split(folder, split, clips):
+        captions = []
+        count = save_split(folder, split, without_captions(clips, captions), captions)
+        if count:
             counts[split] = count
     for reason, n in sorted(Counter(skipped).items()):
         print(f'skipped {n:,}: {reason}')
@@ -98,15 +100,11 @@ def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **
               f'{count["captions"]:7,} captions')
 
 
-def write_split(folder, split, clips):
-    captions = []   # of all clips, each with its clip's number; grows while save_split reads
-
-    def without_captions():
-        for number, (name, features, clip_captions) in enumerate(clips):
-            captions.extend(dict(clip=number, **caption) for caption in clip_captions)
-            yield name, features
-
-    return save_split(folder, split, without_captions(), captions)
+def without_captions(clips, captions):
+    """Yield (name, features) of clips; their captions go to a list, each with its clip's number."""
+    for number, (name, features, of_clip) in enumerate(clips):
+        captions += [dict(clip=number, **caption) for caption in of_clip]
+        yield name, features
 
 
 def in_parallel(work, jobs, title, ahead=64):
