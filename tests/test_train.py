@@ -378,6 +378,50 @@ def test_validation_never_sees_the_clean_msd(folder):
     assert histories[0] != histories[1]
 
 
+RECORD = '''
+import runpy
+import sys
+
+import torch
+
+from model import MaskTransformer
+
+forward = MaskTransformer.forward
+read = []
+path = sys.argv[1]
+sys.argv = sys.argv[2:]
+
+
+def record(self, ids, c, *others):
+    if self.training:
+        read.append((ids, c))
+    return forward(self, ids, c, *others)
+
+
+MaskTransformer.forward = record
+runpy.run_path(sys.argv[0], run_name='__main__')
+torch.save(read, path)
+'''
+
+
+def test_text_is_dropped_after_the_masks_are_chosen(folder):
+    """Eq 10 reads every text. Those that the network then learns without (classifier-free guidance)
+    change no mask: here masks come of the text alone, and all or no texts are dropped."""
+    recorder = folder / 'record.py'
+    recorder.write_text(RECORD)
+    read = []
+    for cond_drop in (0.0, 1.0):
+        out = out_dir(folder, f'cond_drop_{cond_drop}', 'vq.pt')
+        run(folder, str(recorder), f'{out}/read.pt', os.path.join(PROJECT, 'train_mask.py'), CONFIG,
+            f'--out_dir={out}', '--mask_iters=1', '--cfs_lambda=1.0', '--cfs_noise=0.0',
+            f'--cond_drop={cond_drop}')
+        read.append(load(folder / out / 'read.pt'))
+    assert len(read[0]) == len(read[1]) == 2   # the batch whose products are counted, and step 1
+    for (ids, c), (ids_without, no_text) in zip(*read):
+        assert torch.equal(ids, ids_without)
+        assert c.any() and not no_text.any()
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 
 
