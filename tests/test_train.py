@@ -219,6 +219,63 @@ def test_evaluation_of_a_tokenizer_alone(folder):
     assert 'base tokens only' not in said
 
 
+SLIDE = '''
+import runpy
+import sys
+
+import numpy as np
+
+sys.argv = sys.argv[1:]
+look = runpy.run_path(sys.argv[0], run_name='__main__')['look']
+world = look.__globals__
+world['standing_height'] = np.full(4, 0.05)
+
+
+def slide(height, *step, unit=1):
+    """Of a body that is all at one height (m) and moves by a step (x, y, z), m a frame."""
+    joints = np.zeros((9, 22, 3))
+    joints[..., 1] = height
+    joints += np.arange(9)[:, None, None] * step
+    world['meta'].update(units_per_metre=unit)
+    return look(unit * joints, {})['slide cm']
+
+
+assert slide(0.04, 0, 0, 0) == 0
+assert np.isclose(slide(0.04, 0.006, 0, 0.008), 1)
+assert np.isclose(slide(0.04, 0.006, 0, 0.008, unit=1000), 1)
+assert slide(0.04, 0, -0.01, 0) == 0   # into the floor, not along it
+assert np.isnan(slide(0.06, 0.006, 0, 0.008)), 'a foot in the air'
+assert np.isnan(slide(0.04, 0.06, 0, 0.08)), 'a foot in a hurry'
+
+clips = iter([np.nan] + 63 * [3.0])   # 32 real ones come first, then the tokenizer's
+world['look'] = lambda joints, caption: {'slide cm': next(clips)}
+assert world['one_repeat'](0)['real motion']['slide cm'] == 3
+'''
+
+
+def test_foot_slide(folder):
+    """In eval_t2m.py: centimetres along the floor, a frame, of feet that are low and slow. A clip
+    without such feet has no slide and does not count."""
+    out = out_dir(folder, 'slide', 'vq.pt', 'evaluator.pt')
+    script = folder / 'slide.py'
+    script.write_text(SLIDE)
+    run(folder, str(script), os.path.join(PROJECT, 'eval_t2m.py'), CONFIG, f'--out_dir={out}',
+        '--repeats=1')
+
+
+def test_bench(folder):
+    """Every table, at the smallest size."""
+    run(folder, 'bench.py', '--batch=1', '--frames=16', '--prompts=1', '--max_tokens=49',
+        '--warm=0', '--rounds=1', '--bench_json=bench.json')
+    tables = json.loads((folder / 'bench.json').read_text())
+    assert tables.pop('machine')['name']
+    assert len(tables) == 5
+    masked, _, _, generation, attention = tables.values()
+    assert all(table['plain']['ms'] > 0 and table['ours']['ms'] > 0 for table in tables.values())
+    assert masked['on / off'] > 0 and generation['on / off'] > 0
+    assert attention['largest difference'] < 1e-5
+
+
 @pytest.mark.skipif(not os.path.isdir(GOLDEN),
                     reason='The reference checkpoints (../shared/golden) are not here.')
 class TestOfficialCheckpoints:
@@ -392,10 +449,10 @@ path = sys.argv[1]
 sys.argv = sys.argv[2:]
 
 
-def record(self, ids, c, *others):
+def record(self, ids, c, *others, **named):
     if self.training:
         read.append((ids, c))
-    return forward(self, ids, c, *others)
+    return forward(self, ids, c, *others, **named)
 
 
 MaskTransformer.forward = record
