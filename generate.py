@@ -267,6 +267,6 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
     settings = checkpoint['settings']
     pipe = Pipeline(tokenizer, networks['mask'], networks['res'], networks['len'],
                     settings['text_encoder'], checkpoint['meta'], device, settings['text'],
-                    checkpoint['tags'])
+                    checkpoint.get('tags'))
     pipe.val = checkpoint['val']
     return pipe

@@ -69,11 +69,14 @@ class HardTokenMining(nn.Module):
         """Eq 7: L_rec + L_pred. masked ids (B, n) and what they were, ids; targets (B, n), -100
         where nothing is asked."""
         logits = self.reconstructor(masked, c, c_valid, valid, described=described)
-        loss = F.cross_entropy(logits.mT.float(), targets, reduction='none')   # Eq 3, (B, n)
+        flat = logits.flatten(0, 1).float(), targets.flatten()
+        rec = F.cross_entropy(*flat, reduction='sum') / n_targets             # Eq 4
+        with torch.no_grad():
+            loss = F.cross_entropy(*flat, reduction='none').view(targets.shape)   # Eq 3
         predicted = self.student(ids, c, c_valid, valid).float()
         asked = targets >= 0
         share = asked.sum() / n_targets   # of a batch that several ranks divide
-        return loss.sum() / n_targets + relative_loss(predicted, loss.detach(), asked) * share
+        return rec + relative_loss(predicted, loss, asked) * share
 
 
 # ----------------------------------------------------------------------------- 3.3 semantic graph
@@ -129,11 +132,13 @@ def graph(tokens):
 
 
 def phrases(tokens):
-    """Tagged words in stretches that begin at a verb, a preposition, an adverb or a conjunction."""
+    """Tagged words in stretches that begin at a verb, a preposition, an adverb or a conjunction. An
+    adverb stands alone."""
     found = [[]]
     for token in tokens.split():
         word, _, tag = token.rpartition('/')
-        if tag in ('VERB', 'ADP', 'ADV', *JOINTS):
+        after_adverb = found[-1] and found[-1][0][1] == 'ADV'
+        if tag in ('VERB', 'ADP', 'ADV', *JOINTS) or after_adverb:
             found.append([])
         if tag != 'AUX':
             found[-1].append((word, tag))

@@ -258,7 +258,7 @@ def evaluate():
         for captions in batches:
             batch = val.batch(captions, width=WIDTH)
             with run.autocast():
-                total += compute_loss(net, *batch, slice(None), share, g)
+                total += compute_loss(model if miner else net, *batch, slice(None), share, g)
         losses[f'{share:.0%}' if share else stage] = float(total) / len(batches)
     model.train()
     return losses
