@@ -559,8 +559,10 @@ def tokens_of(folder, lengths, n_captions):
     split = packed(folder, lengths, n_captions)
     ids = data.tokenize(FrameNumbers(), split, folder / 'ids.npy')
     n = len(split.captions)
-    c = torch.arange(n).float()[:, None, None].expand(n, 1, 512)
-    return split, Tokens(split, ids, c, torch.ones(n, 1, dtype=torch.bool), 'cpu')
+    vectors = torch.arange(n).float()[:, None].expand(n, 512)
+    index = torch.arange(n)[:, None].expand(n, 3)
+    c_valid = torch.tensor([1, 0, 0], dtype=torch.int8).expand(n, 3)
+    return split, Tokens(split, ids, vectors, index, c_valid, 'cpu')
 
 
 def test_tokens_are_made_once(tmp_path):
@@ -580,6 +582,7 @@ def test_a_crops_tokens_are_those_of_its_frames(tmp_path):
     ids, c, c_valid, valid = tokens.batch(captions, torch.Generator().manual_seed(0))
     assert ids.shape == (2000, 49, 2)
     assert c[:, 0, 0].tolist() == captions.tolist()
+    assert c.shape == (2000, 1, 512)   # as many condition tokens as the batch needs
     assert c_valid.all()
     n = valid.sum(1)
     lost = lengths[clip] // 4 - n
