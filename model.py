@@ -265,7 +265,8 @@ class MaskTransformer(nn.Module):
         """The Gram table of the x_t that Eq 4 takes differences of."""
         if self.config.msd_embed == 'codebook':
             return self.G
-        return msd.gram(self.trunk.embed(self.token_emb.weight[:self.MASK]).detach())
+        codes = self.token_emb.weight[:self.MASK].detach()
+        return msd.gram(self.trunk.embed(codes).detach())
 
     @torch.no_grad()
     def mask_tokens(self, ids, c, valid, mask_by='msd', lam=0.3, r_exp=0, noise=0.0, cfs_share=1.0,

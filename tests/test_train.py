@@ -342,6 +342,37 @@ def test_resume_continues_where_it_stopped(folder, stage):
     assert all(torch.equal(whole['model'][name], cut['model'][name]) for name in whole['model'])
 
 
+def test_hgm3_trains_resumes_and_samples(folder):
+    """Loss predictor and semantic graph through the same scripts; 12 steps are 6 + 6."""
+    keys = ['--mask_by=loss', '--text=graph', '--spectral_attn=False']
+    whole, cut = (out_dir(folder, name, 'vq.pt') for name in ('hgm3', 'hgm3_cut'))
+    run(folder, *train('mask'), f'--out_dir={whole}', *keys)
+    stop = folder / 'stop_hgm3.py'
+    stop.write_text(STOP)
+    command = [os.path.join(PROJECT, 'train_mask.py'), CONFIG, f'--out_dir={cut}', *keys]
+    run(folder, str(stop), 'mask_last.pt', *command)
+    run(folder, *train('mask'), f'--out_dir={cut}', *keys, '--init_from=resume')
+    one, two = (load(folder / out / 'mask_last.pt') for out in (whole, cut))
+    for part in ('model', 'miner'):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+    assert one['tags']['walk'] == 'VERB'
+    run(folder, 'sample.py', CONFIG, f'--out_dir={whole}', '--length=40', '--samples_dir=graph',
+        '--prompt=a person walks, then 3 steps')
+    assert motions(folder, 'graph')[0].shape == (40, 22, 3)
+
+
+def test_the_letter_of_the_papers(folder):
+    """config/letter.py behind another config takes back every departure."""
+    out = out_dir(folder, 'letter', 'vq.pt')
+    letter = os.path.join(PROJECT, 'config', 'letter.py')
+    run(folder, 'train_mask.py', CONFIG, letter, f'--out_dir={out}', '--mask_iters=6')
+    settings = load(folder / out / 'mask.pt')['settings']
+    assert settings['optimizer'] == 'adamw'
+    assert settings['text'] == 'sentence'
+    assert settings['omega'] == 'flatness'
+    assert len(load(folder / out / 'mask_last.pt')['optimizers']) == 1
+
+
 def run_two(folder, *command):
     """What torchrun does, without the start of three interpreters: two ranks of a script."""
     with socket.socket() as probe:
