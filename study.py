@@ -33,16 +33,16 @@ STUDIES = {
     # Table 4: does the method beat its own baseline, all else equal?
     'dynmask': {
         'baseline': OFF,
-        'attention': dict(mask_by='random'),
-        'CFS': dict(spectral_attn=False),
-        'both': {},
+        'attention': dict(spectral_attn=True, mask_by='random'),
+        'CFS': dict(spectral_attn=False, mask_by='msd'),
+        'both': dict(spectral_attn=True, mask_by='msd'),
     },
     # the same, where everything else is as published too
     'published': {
         'MoMask': LETTER | OFF,
-        'attention': LETTER | dict(mask_by='random'),
-        'CFS': LETTER | dict(spectral_attn=False),
-        'DynMask': LETTER,
+        'attention': LETTER | dict(spectral_attn=True, mask_by='random'),
+        'CFS': LETTER | dict(spectral_attn=False, mask_by='msd'),
+        'DynMask': LETTER | dict(spectral_attn=True, mask_by='msd'),
     },
     # each departure from the papers, taken back by itself
     'letter': {

@@ -23,8 +23,8 @@ warmup = 200
 batch_size = 64
 len_iters = 400
 dropout = 0.05               # 0.2 read the same in the first 1,000 steps
-mask_iters = 6000            # context begins to be read after 2,000: README, "What to look at"
-res_iters = 1500
+mask_iters = 3500
+res_iters = 2000
 eval_every = 500
 # decoding
 cond_scale = 2.0

@@ -3,6 +3,8 @@
 #     python train_mask.py config/toy.py config/letter.py --out_dir=out/letter
 # is DynMask as published, and with --spectral_attn=False --mask_by=random MoMask. The README's
 # table says what each of these lines changes.
+spectral_attn = True
+mask_by = 'msd'
 text = 'sentence'
 optimizer = 'adamw'
 token_init = 'random'
