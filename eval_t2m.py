@@ -62,7 +62,7 @@ temperature = 1.0
 anneal = 0.0
 res_temperature = 1.0
 res_layers = -1
-das_sampling = True
+das_sampling = False
 lambda_D = 0.5
 beta = 0.5
 sigma_max = 0.5
@@ -83,8 +83,6 @@ out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
 if repeats < 1:
     raise UserError(f'repeats is {repeats}, expected at least 1.')
-if init_from == 'momask' and 'das_sampling' not in given:
-    config['das_sampling'] = False
 decoding = decoding_of(config)
 run = setup(device, dtype, seed)
 keep_memory()

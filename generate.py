@@ -72,7 +72,7 @@ def decoding_of(config):
 
 @torch.no_grad()
 def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
-                  temperature=1.0, anneal=0.0, das_sampling=True, lambda_D=0.5, beta=0.5,
+                  temperature=1.0, anneal=0.0, das_sampling=False, lambda_D=0.5, beta=0.5,
                   sigma_max=0.5, msd_decode='kept', motion_steps=2, action_steps=5, width=None,
                   generator=None):
     """Algorithm 2. c (B, m, 512), c_valid (B, m), n (B,) tokens wanted -> ids (B, N), [PAD] behind

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import momask
 import msd
-from configurator import UserError, configure, given
+from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, load_meta, load_split
 from detect import describe, parse, passes
 from draw import draw_gif, draw_grid, draw_msd
@@ -55,7 +55,7 @@ temperature = 1.0            # T_global of Eq 18
 anneal = 0.0                 # T_global falls by this share over the steps
 res_temperature = 1.0
 res_layers = -1              # residual layers to add; -1 is all
-das_sampling = True          # (III) of Table 4, 3.6; official weights: off unless asked for
+das_sampling = False         # (III) of Table 4, 3.6: complexity-aware decoding
 lambda_D = 0.5               # Eq 15
 beta = 0.5                   # Eq 18
 sigma_max = 0.5              # Eq 19
@@ -73,8 +73,6 @@ config = configure(
 out_dir = out_dir or os.path.join('out', data)
 if repeats < 1:
     raise UserError(f'repeats is {repeats}, expected at least 1.')
-if init_from == 'momask' and 'das_sampling' not in given:
-    config['das_sampling'] = False
 decoding = decoding_of(config)
 
 

@@ -5,6 +5,7 @@
 # table says what each of these lines changes.
 spectral_attn = True
 mask_by = 'msd'
+das_sampling = True
 text = 'sentence'
 optimizer = 'adamw'
 token_init = 'random'
