@@ -26,5 +26,5 @@ res_iters = 600
 len_iters = 200
 eval_every = 500
 # decoding
-cond_scale = 2.0
+cond_scale = 3.0             # picked on val: 2, 3, 4
 res_scale = 1.0              # 5 makes FID worse than without residual layers: RESULTS.md
