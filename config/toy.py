@@ -21,9 +21,9 @@ dropout = 0.1
 lr = 1e-3
 warmup = 100
 batch_size = 64
-mask_iters = 1700
+mask_iters = 2400
 res_iters = 600
-len_iters = 200
+len_iters = 1000
 eval_every = 500
 # decoding
 cond_scale = 3.0             # picked on val: 2, 3, 4
