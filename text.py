@@ -4,9 +4,8 @@ A caption becomes c (m, 512) with c_valid (m,): m condition tokens, the first of
 whole sentence. `text` says what follows it:
 
     'sentence'  nothing: the papers' letter, and what official weights know
-    'clauses'   its clauses, each encoded by itself, in order. One vector of a sentence of three
-                actions loses their order: with clauses prompts of three actions succeed three times
-                as often on toy (RESULTS.md)
+    'clauses'   its clauses, each encoded by itself, in order: one vector of a sentence of three
+                actions says little of which comes when
     'words'     its words (CLIP: the states of its tokens, which have read the words before them)
     'graph'     the nodes of its semantic graph (hgm3.py)
 
