@@ -11,7 +11,6 @@ compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. Mo
 in batches of similar length; batches of 32 matter only to R-precision. RESULTS.md, "Protocol",
 lists every difference from the reference.
 """
-import ast
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import momask
-from configurator import HERE, UserError, configure, convert, given
+from configurator import HERE, UserError, configure, given, read_argument
 from data import FRAMES_PER_TOKEN, Clips, by_length, equal_lengths, load_meta
 from detect import passes
 from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
@@ -314,19 +313,21 @@ def swept():
     if name not in decoding or not values:
         raise UserError(f"sweep is '{sweep}', expected a decoding setting and values, as in "
                         f'cond_scale:1,2,3; the settings are {", ".join(decoding)}.')
-    if isinstance(decoding[name], str):
-        return name, values.split(',')
-    return name, [convert(name, ast.literal_eval(v), decoding[name], sweep)
-                  for v in values.split(',')]
+    read = [read_argument(f'--{name}={value}', decoding) for value in values.split(',')]
+    for setting in read:
+        decoding_of({**config, **setting})   # refuses what makes no sense, before the work
+    return name, [setting[name] for setting in read]
 
 
 def summarize(results):
-    """-> {row: {metric: (mean, half the 95% interval)}}"""
+    """-> {row: {metric: (mean, half the 95% interval)}}, over the repeats that have the metric: few
+    clips may hold none of three actions."""
     summary = {}
     for row in results[0]:
         summary[row] = {}
-        for metric in results[0][row]:
-            mean, half = interval([result[row][metric] for result in results])
+        for metric in dict.fromkeys(key for result in results for key in result[row]):
+            values = [result[row][metric] for result in results if metric in result[row]]
+            mean, half = interval(values)
             summary[row][metric] = (float(mean), float(half))
     return summary
 

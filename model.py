@@ -204,6 +204,12 @@ def init_weights(module):
         nn.init.xavier_uniform_(module.in_proj.weight)
 
 
+def standardized(codebook):
+    """Code vectors (V, D) to start embeddings from: codes that decode alike then start alike."""
+    centred = codebook - codebook.mean(0)
+    return centred / centred.std()
+
+
 def cross_entropy(logits, targets, n_targets=None):
     """Eq 3: -log p summed over targets (B, n), of which -100 are not asked for, divided by
     n_targets. That is their number, unless several ranks share a batch: then the whole batch's."""
@@ -230,8 +236,7 @@ class MaskTransformer(nn.Module):
         if codebook is not None:
             self.G.copy_(msd.gram(codebook))
         if codebook is not None and config.token_init == 'codebook':
-            centred = codebook - codebook.mean(0)   # codes that decode alike start alike
-            self.token_emb.weight.data[:config.n_codes] = centred / centred.std()
+            self.token_emb.weight.data[:config.n_codes] = standardized(codebook)
 
     def forward(self, ids, c, c_valid, valid, targets=None, n_targets=None, described=None):
         """ids (B, n) with [MASK]s, c (B, m, 512), c_valid (B, m), valid (B, n) bool -> logits
@@ -323,8 +328,8 @@ class MaskTransformer(nn.Module):
 
 class LossPredictor(nn.Module):
     """HGM3's G: clean tokens and text -> what loss MaskTransformer will have on each, up to a
-    monotone function (hgm3.py). The paper gives it six layers of its own; one is enough to rank
-    tokens and costs a fifth of a step. No dropout: it must not move F's random numbers."""
+    monotone function (hgm3.py). The paper gives it six layers of its own; one
+    costs less, how much is not measured. No dropout: it must not move F's random numbers."""
 
     def __init__(self, config):
         super().__init__()
@@ -368,21 +373,24 @@ class ResTransformer(nn.Module):
         if codebooks is not None and config.token_init == 'codebook':
             tables = (*self.first, *self.shared, *self.last)
             for table, codebook in zip(tables, codebooks):
-                centred = codebook - codebook.mean(0)   # codes that decode alike start alike
-                table.data[:config.n_codes] = 0.1 * centred / centred.std()
+                table.data[:config.n_codes] = 0.1 * standardized(codebook)
 
     def forward(self, ids, c, c_valid, valid, q=None, row0=0, n_targets=None):
         """ids (B, n, Q), c (B, m, 512), c_valid (B, m), valid (B, n).
 
         q given: logits (B, n, V + 1) of layer q; ids of layers from q on are not looked at.
         q None: the loss (MoMask Eq 4), where the targets are ids of the layers that rows learn.
-        Row i learns layer pattern[row0 + i]: taking turns instead of drawing makes the gather of a
-        (B, V + 1, code_dim) projection Q - 1 plain products.
+        Row i learns layer pattern[(row0 + i) mod P]: taking turns instead of drawing makes the
+        gather of a (B, V + 1, code_dim) projection P plain products.
         """
         n_layers = self.config.n_quantizers - 1
         pattern = layer_pattern(n_layers, self.config.res_draw)
-        learns = [q or pattern[(row0 + i) % len(pattern)] for i in range(len(ids))]
-        layer = torch.tensor(learns, device=ids.device)                   # (B,)
+        P = len(pattern)
+        row = torch.arange(len(ids), device=ids.device)
+        if q is None:
+            layer = torch.tensor(pattern, device=ids.device)[(row0 + row) % P]   # (B,)
+        else:
+            layer = torch.full_like(row, q)
         ids = torch.where(valid[..., None], ids, self.config.n_codes)
         tables = (*self.first, *self.shared, *self.last)
 
@@ -398,9 +406,9 @@ class ResTransformer(nn.Module):
             return h @ tables[q].T.to(h.dtype)
 
         logits = torch.empty(*h.shape[:2], len(tables[0]), dtype=h.dtype, device=h.device)
-        for j in set(learns):
-            rows = [i for i, learnt in enumerate(learns) if learnt == j]
-            logits[rows] = h[rows] @ tables[j].T.to(h.dtype)
+        for j in range(P):
+            projection = tables[pattern[(row0 + j) % P]].T.to(h.dtype)
+            logits[j::P] = h[j::P] @ projection
         own_layer = layer[:, None, None].expand(-1, ids.shape[1], 1)
         targets = ids.gather(2, own_layer)[..., 0].masked_fill(~valid, -100)
         return cross_entropy(logits, targets, n_targets)

@@ -114,7 +114,7 @@ def in_parallel(work, jobs, title, ahead=64):
     waiting = deque()
     try:
         with ProcessPoolExecutor(cores) as pool:
-            for job in tqdm(jobs, title, unit='clip'):
+            for job in tqdm(jobs, title, unit='clip', mininterval=1):
                 waiting.append(pool.submit(work, job))
                 if len(waiting) == ahead:
                     yield waiting.popleft().result()
@@ -308,7 +308,7 @@ def field_clips(src, ids, split, skeleton_key, skipped):
     """Yield the clips of a split of HumanML3D or KIT-ML, by the field's rules: a caption with
     from/to other than 0 names a sub-clip of its own."""
     skeleton = SKELETONS[skeleton_key]
-    for name in tqdm(ids, split, unit='clip'):
+    for name in tqdm(ids, split, unit='clip', mininterval=1):
         with skipping(skipped):
             features = load_features(Path(src, 'new_joint_vecs', f'{name}.npy'), skeleton)
             check_length(features, skeleton, 'clip')
@@ -393,7 +393,7 @@ def simple_tags(text):
 
 def babel_clips(src, entries, split, skipped):
     """Yield each labelled segment of BABEL's {key: entry}; its label is the caption."""
-    for key, entry in tqdm(entries.items(), split, unit='clip'):
+    for key, entry in tqdm(entries.items(), split, unit='clip', mininterval=1):
         sid = str(entry.get('babel_sid', key))
         path = Path(src, 'new_joint_vecs', f'{sid}.npy')
         if not path.exists():

@@ -122,21 +122,22 @@ if Q < 2 and stage == 'res':
     raise UserError(f'{vq} has one quantizer: there are no residual layers to train.')
 
 
-def open_tokens(name):
-    split = load_split(folder, name)
+def open_tokens(name, split):
     ids = tokenize(tokenizer, split, os.path.join(folder, f'tokens_{vq_hash}_{name}.npy'),
                    run.device)
     captions = [caption['text'] for caption in split.captions]
-    nodes = [hgm3.graph(caption['tokens']) for caption in split.captions]
+    nodes = None
+    if text == 'graph':
+        nodes = [hgm3.graph(caption['tokens']) for caption in split.captions]
     written = encode(captions, text_encoder, text, nodes, folder, run.device)
     return Tokens(split, ids, *written, run.device)
 
 
-train, val = open_tokens('train'), open_tokens('val')
+train_split, val_split = load_split(folder, 'train'), load_split(folder, 'val')
+train, val = open_tokens('train', train_split), open_tokens('val', val_split)
 tags = None
 if text == 'graph':   # for prompts, which have no tags
-    captions = load_split(folder, 'train').captions
-    tags = hgm3.tag_table(caption['tokens'] for caption in captions)
+    tags = hgm3.tag_table(caption['tokens'] for caption in train_split.captions)
 N = meta['max_frames'] // FRAMES_PER_TOKEN   # longest clip in tokens
 CROP = run.device == 'cpu' and not compile   # pad to a batch's longest, or to one static shape
 WIDTH = None if CROP else N
@@ -165,6 +166,7 @@ miner = None
 if stage == 'mask' and 'loss' in mask_by:
     with torch.random.fork_rng(devices=[]):   # F's random numbers stay what they are without G
         miner = HardTokenMining(model, LossPredictor(shape), teacher_momentum).to(run.device)
+learner = miner or model   # all that is trained
 iters = {'mask': mask_iters, 'res': res_iters, 'len': len_iters}[stage]
 
 
@@ -178,7 +180,7 @@ def make_optimizers():
     if optimizer == 'muon':
         matrices = [p for trunk in trunks for p in trunk.layers.parameters() if p.ndim == 2]
     ours = {id(p) for p in matrices}
-    learn = [p for p in (miner or model).parameters() if p.requires_grad]
+    learn = [p for p in learner.parameters() if p.requires_grad]
     others = [p for p in learn if id(p) not in ours]
     made = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
                               fused=True)]
@@ -278,13 +280,13 @@ def flops_of_a_token():
 
     def work():
         with run.autocast():
-            loss = compute_loss(miner or model, *batch, slice(None), generator=run.generator)
+            loss = compute_loss(learner, *batch, slice(None), generator=run.generator)
         loss.backward()
 
     state = run.generator.get_state()
     flops = count_flops(work)
     run.generator.set_state(state)
-    (miner or model).zero_grad(set_to_none=True)
+    learner.zero_grad(set_to_none=True)
     return flops / batch[-1].numel()
 
 
@@ -321,9 +323,7 @@ if init_from == 'resume':
         torch.set_rng_state(last['rng'])
         if run.device != 'cpu':
             torch.cuda.set_rng_state(last['cuda_rng'])
-net = miner or model
-if compile:
-    net = torch.compile(net)
+net = torch.compile(learner) if compile else learner
 if run.world > 1:
     net = DDP(net)
 if run.main:
@@ -358,7 +358,7 @@ for it in bar:
         torch.nn.utils.clip_grad_norm_(part.parameters(), grad_clip)
     for optim in optimizers:
         optim.step()
-    (miner or model).zero_grad(set_to_none=True)
+    learner.zero_grad(set_to_none=True)
     if miner:
         miner.update_teacher()
 

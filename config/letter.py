@@ -20,4 +20,6 @@ cfs_noise = 0.0
 grad_clip = 1e9
 res_cond_drop = 0.2
 res_draw = 'release'
+cond_scale = 4.0
+res_scale = 5.0
 w_foot = 0.0
