@@ -252,7 +252,9 @@ class Pipeline:
             for a, b in inside:
                 known[a - first:b - first] = -1
             n = torch.tensor([end - first])
-            ids[first:end] = self.generate(c, c_valid, n, seed, known[None], **decoding)[0]
+            made = self.generate(c, c_valid, n, seed, known[None], **decoding)[0]
+            ids = ids[:, :made.shape[-1]]   # as many layers as are generated
+            ids[first:end] = made
         return ids
 
     def window(self, n, first, end):
