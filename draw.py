@@ -271,16 +271,18 @@ def draw_explained(path, caption, nodes, joints, omega, hard, fps):
     figure = Figure(figsize=(11, 7), dpi=110, layout='constrained')
     tree, poses, curve = figure.subplots(3, 1, height_ratios=(1.6, 2.0, 1.3))
     tree.set_title(caption, fontsize=10, parse_math=False)
+    tree.set(xlim=(0, 1), ylim=(0, 1))
     tree.axis('off')
     box = dict(boxstyle='round', facecolor='white', edgecolor='grey')
-    parents = {}
+    latest = {}   # the last node of each level: what hangs below it follows it
     for i, (text, level, edge) in enumerate(nodes):
-        place = (i + 0.5) / len(nodes), 1.1 - level / 3
-        above = [at for upper, at in parents.items() if upper < level]
-        if above:
-            tree.annotate('', place, above[-1], arrowprops=dict(arrowstyle='-', color='grey'))
-        parents = {upper: at for upper, at in parents.items() if upper < level} | {level: place}
-        tree.text(*place, f'{textwrap.fill(text, 16)}\n{edge}', fontsize=9, ha='center',
+        x = 0.5 if level == 1 else i / len(nodes)
+        y = 1.2 - level / 3
+        if level > 1:
+            parent = latest[level - 1]
+            tree.plot([parent[0], x], [parent[1], y], color='grey', zorder=1)
+        latest[level] = (x, y)
+        tree.text(x, y, f'{textwrap.fill(text, 16)}\n{edge}', fontsize=9, ha='center',
                   va='center', bbox=box, parse_math=False)
 
     poses.imshow(draw_strip(joints, None, '', 10))

@@ -126,7 +126,7 @@ def draw_explanation(path, caption, ids, joints):
     if tags is None:   # not trained on graphs: the tags of the training captions, if they are here
         written = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
         tags = hgm3.tag_table(one['tokens'] for one in written)
-    nodes = [(caption, hgm3.MOTION, 'motion')]
+    nodes = [('the sentence', hgm3.MOTION, 'motion')]
     for text, role in hgm3.graph(hgm3.tagged(caption, tags)):
         edge = 'action' if role == hgm3.ACTION else hgm3.EDGES[role - hgm3.FIRST_EDGE]
         nodes.append((text, min(role, 3), edge))
