@@ -12,6 +12,7 @@ vq_batch = 96
 vq_lr = 5e-4
 vq_warmup = 100
 w_foot = 2.5                 # standing feet slide half as far: RESULTS.md
+w_heading = 1.0
 vq_eval_every = 500
 # transformers
 latent = 256
