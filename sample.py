@@ -26,7 +26,7 @@ from draw import draw_gif, draw_grid, draw_msd
 from fast import keep_memory
 from generate import decoding_of, load_pipeline
 from motion import features_to_joints
-from runtime import setup
+from runtime import must_be_writable, read_text, setup
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -71,8 +71,6 @@ config = configure(
     dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
-if repeats < 1:
-    raise UserError(f'repeats is {repeats}, expected at least 1.')
 decoding = decoding_of(config)
 
 
@@ -109,17 +107,14 @@ def draw_msd_of(name):
 def read_prompts():
     """-> [(text, frames)], frames 0 where the length estimator shall choose."""
     jobs = [(prompt, length)] if prompt else []
-    if prompts and not os.path.exists(prompts):
-        raise UserError(f'{prompts} does not exist: expected a text file with one prompt a line, '
-                        'as text or text#frames.')
     lines = []
     if prompts:
-        with open(prompts, encoding='utf-8') as f:
-            lines = f.read().splitlines()
+        lines = read_text(prompts, 'expected a text file with one prompt a line, as text or '
+                                   'text#frames').splitlines()
     for number, line in enumerate(lines, 1):
         words, mark, frames = line.partition('#')
-        if mark and not frames.strip().isdigit():
-            raise UserError(f"{prompts}, line {number}: '{frames}' behind # is not a number of "
+        if mark and not re.fullmatch(r'\s*[0-9]{1,5}\s*', frames):
+            raise UserError(f"{prompts}, line {number}: '{frames:.60}' behind # is not a number of "
                             'frames; expected text#frames.')
         if words.strip():
             jobs.append((words.strip(), int(frames) if mark else length))
@@ -140,6 +135,8 @@ if init_from == 'momask':
                            run.device)
 else:
     pipe = load_pipeline(out_dir, run.device, mask_file)
+folder = samples_dir or os.path.join(out_dir, 'samples')
+must_be_writable(os.path.join(folder, 'grid.gif'))
 longest, fps = pipe.meta['max_frames'], pipe.meta['fps']
 for words, frames in jobs:
     if frames and not FRAMES_PER_TOKEN <= frames <= longest:
@@ -181,8 +178,6 @@ def report(caption, joints):
 
 
 # files
-folder = samples_dir or os.path.join(out_dir, 'samples')
-os.makedirs(folder, exist_ok=True)
 drawn = []
 for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     joints = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit
