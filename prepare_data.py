@@ -35,7 +35,7 @@ from bvh import bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
 from data import FRAMES_PER_TOKEN, mean_std, save_meta, save_split
 from motion import SKELETONS, joints_to_features, mirror, resample
-from runtime import read_array, read_json, read_text
+from runtime import read, read_array, read_json, read_text
 
 SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
@@ -293,12 +293,9 @@ def prepare_bandai(folder, src):
 
 def load_features(path, skeleton):
     """Features (T, D) of one file. UserError where they cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError('features file missing')
-    try:
-        features = np.array(read_array(path, ''))
-    except UserError:
-        raise UserError('features file unreadable') from None
+    features = np.array(read_array(path, 'get it again'))
     if features.ndim != 2 or features.shape[1] != skeleton.dim:
         raise UserError(f'features not {skeleton.dim} wide (found {features.shape[1:]})')
     if not (np.abs(features) < LARGEST).all():
@@ -324,14 +321,12 @@ def check_length(features, skeleton, what):
 
 def read_captions(path, skipped):
     """Lines 'caption#word/TAG word/TAG#from#to' -> [(caption, from, to)] in seconds; nan is 0."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError('text file missing')
     captions = []
-    try:
-        lines = read_text(path, '').split('\n')
-    except UserError:
-        raise UserError('text file unreadable') from None
-    for line in filter(str.strip, lines):
+    text = read(path, 'get it again',
+                lambda path: path.read_text(encoding='utf-8-sig', errors='replace'))
+    for line in filter(str.strip, text.split('\n')):
         try:
             text, tokens, start, end = (part.strip() for part in line.split('#'))
             start, end = (0.0 if math.isnan(float(t)) else float(t) for t in (start, end))
@@ -447,8 +442,8 @@ def babel_clips(src, entries, split, skipped):
             except (AttributeError, TypeError):
                 raise UserError('entry of another form than BABEL has') from None
             path = Path(src, 'new_joint_vecs', f'{sid}.npy')
-            if not path.exists():
-                path = path.with_name(f'{file}.npy')
+            if not os.path.exists(path):
+                path = Path(src, 'new_joint_vecs', f'{file}.npy')
             features = load_features(path, SMPL)
             for k, (text, start, end) in enumerate(labels):
                 with skipping(skipped):
