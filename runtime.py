@@ -431,6 +431,7 @@ class Losses:
 
     def refuse(self, step, value, batch, what='loss'):
         if not math.isfinite(value):
-            names = ', '.join(map(str, self.names(batch)[:8]))
+            names = list(dict.fromkeys(map(str, self.names(batch))))
             raise UserError(f'The {what} is {value} at step {step}, and nothing was saved since: '
-                            f'{self.hint}, or look at the clips of that batch ({names}, ...).')
+                            f'{self.hint}, or look at the clips of that batch, '
+                            f'{", ".join(names[:64])}.')
