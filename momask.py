@@ -3,13 +3,13 @@
     pipe = momask.pipeline('checkpoints', 't2m')      # tokenizer, both transformers, lengths
     judge = momask.evaluator('checkpoints', 't2m')
 
-root holds the release as it is unpacked: <root>/<t2m|kit>/<name>/{opt.txt, meta, model}. name '' is
-the only folder of its kind. Every size is read off the tensors or opt.txt, nothing in a checkpoint
-is executed, and whatever does not fit is a UserError that names the file. The networks themselves
-know nothing of this file: here stands how the release names their tensors.
+root holds the release as it is unpacked. A name '' is the only folder of its kind. Every size is
+read off the tensors or opt.txt, nothing in a checkpoint is executed, and whatever does not fit is a
+UserError that names the file.
 """
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -43,13 +43,14 @@ RESIDUAL = TRANSFORMER + [
     ('embed_proj_shared_weight', 'shared'),
     ('output_proj_weight_', 'last'),
 ]
+LAYOUT = ('expected <root>/<t2m|kit>/<name>/{opt.txt, meta, model} of the official release; check '
+          'the root and the name')
 NOT_OURS = r'position_enc\.pe|clip_model\..*'   # recomputed; open_clip's (text.py)
 
 
 def tokenizer(root, dataset, name):
     """<root>/<dataset>/<name>/{model/net_best_fid.tar, meta/mean.npy, meta/std.npy} -> RVQVAE."""
-    path = os.path.join(root, dataset, name, 'model', 'net_best_fid.tar')
-    weights = read(path, 'vq_model', 'net')
+    path, weights = read(root, dataset, name, 'net_best_fid.tar', 'vq_model', 'net')
     width, dim, _ = shape(weights, 'encoder.model.0.weight', path)
     n_codes, code_dim = shape(weights, 'quantizer.layers.0.codebook', path)
     config = VQConfig(
@@ -68,8 +69,7 @@ def mask_transformer(root, dataset, name=''):
     """<root>/<dataset>/<t2m_...>/model/latest.tar -> MaskTransformer, without spectral attention.
     MSD sees motion through the codes of the tokenizer that opt.txt names."""
     name = name or only_folder(root, dataset, 't2m_')
-    path = os.path.join(root, dataset, name, 'model', 'latest.tar')
-    weights = read(path, 't2m_transformer', 'trans')
+    path, weights = read(root, dataset, name, 'latest.tar', 't2m_transformer', 'trans')
     rows, code_dim = shape(weights, 'token_emb.weight', path)
     opt = read_opt(root, dataset, name)
     config = transformer_config(weights, path, opt, n_codes=rows - 2, code_dim=code_dim)
@@ -83,8 +83,7 @@ def mask_transformer(root, dataset, name=''):
 def res_transformer(root, dataset, name=''):
     """<root>/<dataset>/<tres_...>/model/net_best_fid.tar -> ResTransformer."""
     name = name or only_folder(root, dataset, 'tres_')
-    path = os.path.join(root, dataset, name, 'model', 'net_best_fid.tar')
-    weights = read(path, 'res_transformer', 'trans')
+    path, weights = read(root, dataset, name, 'net_best_fid.tar', 'res_transformer', 'trans')
     shared, rows, code_dim = shape(weights, 'embed_proj_shared_weight', path)
     opt = read_opt(root, dataset, name)
     config = transformer_config(weights, path, opt, n_codes=rows - 1, code_dim=code_dim,
@@ -96,8 +95,7 @@ def res_transformer(root, dataset, name=''):
 
 def length_estimator(root, dataset, name='length_estimator'):
     """<root>/<dataset>/<name>/model/finest.tar -> LengthEstimator."""
-    path = os.path.join(root, dataset, name, 'model', 'finest.tar')
-    weights = read(path, 'estimator')
+    path, weights = read(root, dataset, name, 'finest.tar', 'estimator')
     _, text_dim = shape(weights, 'output.0.weight', path)
     n_out, _ = shape(weights, 'output.11.weight', path)
     model = LengthEstimator(text_dim, n_out)
@@ -105,27 +103,28 @@ def length_estimator(root, dataset, name='length_estimator'):
     return model.eval()
 
 
-def evaluator(root, dataset, name='text_mot_match', glove_dir=None):
-    """<root>/<dataset>/<name>/model/finest.tar, <root>/<dataset>/Comp_v6_KLD005/meta -> Evaluator.
-    glove_dir (else <root>/glove, where that exists) holds the word vectors that its text encoder
-    reads; without them it embeds motion only."""
-    path = os.path.join(root, dataset, name, 'model', 'finest.tar')
-    parts = {key: read(path, key)
-             for key in ('movement_encoder', 'motion_encoder', 'text_encoder')}
+def evaluator(root, dataset, glove_dir=None):
+    """<root>/<dataset>/text_mot_match/model/finest.tar, <root>/<dataset>/Comp_v6_KLD005/meta ->
+    Evaluator. glove_dir (else <root>/glove, where that exists) holds the word vectors that its text
+    encoder reads; without them it embeds motion only."""
+    parts = {}
+    for part in ('movement_encoder', 'motion_encoder', 'text_encoder'):
+        path, parts[part] = read(root, dataset, 'text_mot_match', 'finest.tar', part)
     movement, features, _ = shape(parts['movement_encoder'], 'main.0.weight', path)
+    code, _, _ = shape(parts['movement_encoder'], 'main.3.weight', path)
+    _, _, motion_hidden = shape(parts['motion_encoder'], 'hidden', path)
+    _, _, text_hidden = shape(parts['text_encoder'], 'hidden', path)
     word_dim, tag_dim = shape(parts['text_encoder'], 'pos_emb.weight', path)
-    sizes = dict(
-        movement=movement, word_dim=word_dim, tag_dim=tag_dim,
-        code=shape(parts['movement_encoder'], 'main.3.weight', path)[0],
-        motion_hidden=shape(parts['motion_encoder'], 'hidden', path)[-1],
-        text_hidden=shape(parts['text_encoder'], 'hidden', path)[-1],
-        out=shape(parts['text_encoder'], 'output_net.3.weight', path)[0])
+    out, _ = shape(parts['text_encoder'], 'output_net.3.weight', path)
     mean, std = statistics(os.path.join(root, dataset, 'Comp_v6_KLD005', 'meta'), features + 4)
-    if glove_dir is None and os.path.isdir(os.path.join(root, 'glove')):
-        glove_dir = os.path.join(root, 'glove')
-    model = Evaluator(mean, std, Words(glove_dir) if glove_dir else None, **sizes)
-    for key, weights in parts.items():
-        load_named(getattr(model, key), weights, f'{path} ({key})')
+    glove = os.path.join(root, 'glove')
+    if glove_dir is None and os.path.isdir(glove):
+        glove_dir = glove
+    words = Words(glove_dir) if glove_dir else None
+    model = Evaluator(mean, std, words, movement, code, motion_hidden, text_hidden, out, word_dim,
+                      tag_dim)
+    for part, weights in parts.items():
+        load_named(getattr(model, part), weights, f'{path} ({part})')
     return model.eval()
 
 
@@ -150,17 +149,16 @@ def pipeline(root, dataset='t2m', text_encoder='clip', mask_name='', res_name=''
 # -------------------------------------------------------------------------- reading what is there
 
 
-def read(path, *keys):
-    """The state dict under the first of `keys` in an official checkpoint."""
-    hint = ('expected the layout <root>/<t2m|kit>/<name>/model/ of the official release; check the '
-            'root and the name')
-    checkpoint = load(path, hint)
+def read(root, dataset, name, file, *keys):
+    """-> path of <root>/<dataset>/<name>/model/<file>, the state dict under the first of `keys`."""
+    path = os.path.join(root, dataset, name, 'model', file)
+    checkpoint = load(path, LAYOUT)
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
     for key in keys:
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            return checkpoint[key]
-    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
-    raise UserError(f'{path} has the entries {found}, expected {" or ".join(keys)}: is it another '
-                    'model?')
+        if isinstance(entries.get(key), dict):
+            return path, entries[key]
+    raise UserError(f'{path} has the entries {sorted(map(str, entries))}, expected '
+                    f'{" or ".join(keys)}: is it another model?')
 
 
 def rename(weights, table):
@@ -207,8 +205,7 @@ def read_opt(root, dataset, name):
     """opt.txt of an official checkpoint, lines of 'key: value' -> dict of str."""
     path = os.path.join(root, dataset, name, 'opt.txt')
     if not os.path.exists(path):
-        raise UserError(f'{path} is missing: expected <root>/<t2m|kit>/<name>/opt.txt of the '
-                        'official release; check the root and the name.')
+        raise UserError(f'{path} is missing: {LAYOUT}.')
     with open(path, encoding='utf-8') as f:
         opt = dict(line.strip().split(': ', 1) for line in f if ': ' in line)
     for key in ('n_heads', 'vq_name'):
@@ -223,23 +220,20 @@ def statistics(folder, dim):
     for name in ('mean.npy', 'std.npy'):
         path = os.path.join(folder, name)
         try:
-            array = np.load(path)
+            arrays.append(np.load(path))
         except (ValueError, EOFError, OSError):
             raise UserError(f'{path} is missing or no readable .npy array: the release keeps '
                             'mean.npy and std.npy there; get it again.') from None
-        if array.shape != (dim,):
-            raise UserError(f'{path} is {array.shape}, expected ({dim},) as the weights: it '
+        if arrays[-1].shape != (dim,):
+            raise UserError(f'{path} is {arrays[-1].shape}, expected ({dim},) as the weights: it '
                             'belongs to another data set.')
-        arrays.append(array)
     return arrays
 
 
 def only_folder(root, dataset, prefix):
     """The only folder under <root>/<dataset> whose name starts with prefix."""
-    folder = os.path.join(root, dataset)
-    found = []
-    if os.path.isdir(folder):
-        found = sorted(name for name in os.listdir(folder) if name.startswith(prefix))
+    folder = Path(root, dataset)
+    found = sorted(path.name for path in folder.glob(f'{prefix}*'))
     if len(found) != 1:
         raise UserError(f'{folder} has {len(found)} folders that start with {prefix} '
                         f'({", ".join(found) or "none"}), expected one: name it.')
