@@ -1,7 +1,7 @@
 """The tiny-shakespeare of motion: procedural SMPL-22 clips at 20 fps, with captions.
 
-A script is one to three items {'action', 'side', 'speed'}; a Plan acts them out as footsteps and
-keyed curves of everything else, which body() turns into joints, and caption() says them in words.
+A script is one to three items {'action', 'side', 'speed'}. A Plan acts them out as footsteps and
+curves of all else, body() turns it into joints, and caption() puts the script into words.
 
 Metres, seconds, radians. Y is up from the floor. A clip starts at x = z = 0 and faces +Z, so +X is
 the character's left; yaw is positive to the left. A side is 0 for left, 1 for right. Feet never
@@ -22,6 +22,7 @@ FPS = 20
 MIN_FRAMES, MAX_FRAMES = 40, 196
 SPEEDS = {'slow': 0.75, 'normal': 1.0, 'fast': 1.3}  # how much faster than normal the clock runs
 LEFTWARD = np.array([1, -1])  # by side
+DOWN = dict(lift=0.0, fwd=0.0, tip=0.0)  # a foot
 LANGUAGE = json.loads(Path(HERE, 'config', 'toy_language.json').read_text())
 
 (PELVIS, L_HIP, R_HIP, SPINE1, L_KNEE, R_KNEE, SPINE2, L_ANKLE, R_ANKLE, SPINE3, L_TOE, R_TOE,
@@ -35,25 +36,26 @@ SPREAD = 0.085                      # half the distance between the feet
 FOOT_LENGTH, TOE_Y = 0.125, 0.02
 HEEL = [0, 0.055, -FOOT_LENGTH]     # toe to ankle
 BONES = [  # joint, parent, the share it takes of the trunk's pitch and twist, offset in that frame
-    (SPINE1, PELVIS, 0.35, [0, 0.12, -0.03]),
-    (L_HIP, PELVIS, 0.35, [0.062, -0.085, -0.005]),
-    (R_HIP, PELVIS, 0.35, [-0.062, -0.085, -0.005]),
-    (SPINE2, SPINE1, 0.6, [0, 0.138, 0.02]),
-    (SPINE3, SPINE2, 0.8, [0, 0.055, 0.01]),
-    (NECK, SPINE3, 1.0, [0, 0.217, -0.025]),
-    (L_COLLAR, SPINE3, 1.0, [0.075, 0.12, -0.01]),
-    (R_COLLAR, SPINE3, 1.0, [-0.075, 0.12, -0.01]),
-    (L_SHOULDER, L_COLLAR, 1.0, [0.12, -0.035, -0.015]),
-    (R_SHOULDER, R_COLLAR, 1.0, [-0.12, -0.035, -0.015]),
-    (HEAD, NECK, 0.85, [0, 0.092, 0.045]),
+    (SPINE1, PELVIS, 0.35, 0, 0.12, -0.03),
+    (L_HIP, PELVIS, 0.35, 0.062, -0.085, -0.005),
+    (R_HIP, PELVIS, 0.35, -0.062, -0.085, -0.005),
+    (SPINE2, SPINE1, 0.6, 0, 0.138, 0.02),
+    (SPINE3, SPINE2, 0.8, 0, 0.055, 0.01),
+    (NECK, SPINE3, 1.0, 0, 0.217, -0.025),
+    (L_COLLAR, SPINE3, 1.0, 0.075, 0.12, -0.01),
+    (R_COLLAR, SPINE3, 1.0, -0.075, 0.12, -0.01),
+    (L_SHOULDER, L_COLLAR, 1.0, 0.12, -0.035, -0.015),
+    (R_SHOULDER, R_COLLAR, 1.0, -0.12, -0.035, -0.015),
+    (HEAD, NECK, 0.85, 0, 0.092, 0.045),
 ]
 
 
 def rotation(yaw, pitch=0.0):
     """Angles (...) -> matrices (..., 3, 3) that bend forward, then turn left."""
-    angles = np.stack(np.broadcast_arrays(yaw, pitch), -1)
-    matrices = Rotation.from_euler('YX', angles.reshape(-1, 2)).as_matrix()
-    return matrices.reshape(*angles.shape[:-1], 3, 3)
+    yaw, pitch = np.broadcast_arrays(yaw, pitch)
+    angles = np.stack([yaw.ravel(), pitch.ravel()], -1)
+    matrices = Rotation.from_euler('YX', angles).as_matrix()
+    return matrices.reshape(*yaw.shape, 3, 3)
 
 
 def smooth(x, sigma):
@@ -76,13 +78,12 @@ def beside(place, ahead=0.0, left=0.0):
 
 
 def still(value=0.0):
-    """A curve that stays at a value, as its keys (time, value, velocity)."""
+    """A curve is its keys (time, value, velocity); this one stays at a value."""
     return [(0.0, value, 0.0)]
 
 
 def bend(keys, start, end, value, velocity=0.0):
-    """Lead a curve to a new value between two times. Whatever was planned after start is dropped,
-    so consecutive actions blend."""
+    """Lead a curve to a new value. What was planned after start is dropped: actions blend."""
     if keys[-1][0] < start - 1e-6:
         keys.append((start, keys[-1][1], 0.0))
     while keys[-1][0] > start + 1e-6 and len(keys) > 1:
@@ -107,21 +108,18 @@ class Plan:
     def __init__(self, rng):
         self.some, self.count = rng.uniform, rng.integers
         self.t = self.some(0.1, 0.4)
-        self.feet = [np.zeros(3), np.zeros(3)]
+        self.feet = np.zeros((2, 3))  # where the body would stand: x, z, yaw
         self.trunk = {name: still() for name in self.TRUNK}
-        self.limbs = []
-        for _ in ('left', 'right'):
-            limb = {}
+        self.limbs = [{}, {}]
+        for limb in self.limbs:
             limb['flex'] = still(self.some(0.02, 0.16))
             limb['abduct'] = still(self.some(0.1, 0.22))
             limb['reach'] = still(self.some(0.485, 0.51))
-            for name in self.LEG:
-                limb[name] = still()
-            self.limbs.append(limb)
+            limb.update((name, still()) for name in self.LEG)
 
     def move(self, end, side=None, start=0.0, speed=0.0, **targets):
-        """Move curves of the trunk and of one or both sides' limbs to new values between start and
-        end, in seconds from now. speed: how fast they are at the end."""
+        """Lead curves of the trunk and of one or both sides' limbs to new values from start to end,
+        in seconds from now. speed: at the end."""
         limbs = self.limbs if side is None else [self.limbs[side]]
         for name, value in targets.items():
             for part in [self.trunk] if name in self.TRUNK else limbs:
@@ -137,13 +135,13 @@ class Plan:
         Feet are put down by who lifted them."""
         for part in (self.trunk, *self.limbs):
             for name in part.keys() - self.LEG:
-                _, rest, _ = part[name][0]
-                bend(part[name], self.t + start, self.t + end, rest)
+                keys = part[name]
+                bend(keys, self.t + start, self.t + end, keys[0][1])
         self.t += end - 0.1
 
     def where(self):
         """The place between the feet."""
-        return (self.feet[0] + self.feet[1]) / 2
+        return self.feet.mean(0)
 
     def carry(self, foot, seconds, place):
         """Bring a foot to where it belongs when the body stands at a place."""
@@ -152,9 +150,8 @@ class Plan:
         self.move(seconds, foot, x=x, z=z, yaw=yaw)
 
     def step(self, foot, seconds, place, lift=0.06, tip=0.3, flight=False):
-        """The foot leaves the floor now and lands so many seconds later. Its heel comes up before
-        that, over the toe, to the angle tip. In a flight of the whole body its height is a
-        parabola; in an ordinary step it rises early and lands softly."""
+        """The foot leaves the floor now, with its heel up at the angle tip, and lands so many
+        seconds later: softly, or when the whole body flies after a parabola."""
         self.carry(foot, seconds, place)
         landed = self.limbs[foot]['tip'][-1][0] - self.t
         self.move(0.0, foot, start=max(-0.12, landed), tip=tip)
@@ -174,8 +171,8 @@ class Plan:
             self.t += period
 
     def gait(self, n, length, period, swing, lift, tip, arm, arm_mid):
-        """n steps of a length and a closing one, on a slight bend. swing: how long a foot is in
-        the air, in periods; above 1 both are, for a moment, and the pelvis flies."""
+        """n steps and a closing one, on a slight bend. swing: how long a foot is in the air, in
+        periods; above 1 both are, for a moment, and the pelvis flies."""
         place = self.where()
         turn = self.some(-0.25, 0.25) / n
         foot = self.count(2)
@@ -267,15 +264,13 @@ class Plan:
         # weight on the other foot, cock, strike and hold, fold, put down
         self.move(0.4 / tempo, sway=-0.055 * left)
         self.t += 0.3 / tempo
-        cock = 0.35 / tempo
-        self.move(cock, flex=0.7, abduct=0.4, twist=-0.2 * left, height=-0.03)
-        self.go(cock, side, flex=-0.3, lift=0.3, fwd=-0.22, tip=0.7)
-        strike = 0.3 / tempo
-        self.move(strike, flex=-0.2, twist=0.2 * left, pitch=-0.22)
-        self.go(strike, side, flex=0.4, lift=height, fwd=ahead, tip=-0.8)
+        self.move(0.35 / tempo, flex=0.7, abduct=0.4, twist=-0.2 * left, height=-0.03)
+        self.go(0.35 / tempo, side, flex=-0.3, lift=0.3, fwd=-0.22, tip=0.7)
+        self.move(0.3 / tempo, flex=-0.2, twist=0.2 * left, pitch=-0.22)
+        self.go(0.3 / tempo, side, flex=0.4, lift=height, fwd=ahead, tip=-0.8)
         self.t += 0.1 / tempo
         self.go(0.35 / tempo, side, lift=0.3, fwd=0.12, tip=0.2)
-        self.go(0.3 / tempo, side, lift=0.0, fwd=0.0, tip=0.0)
+        self.go(0.3 / tempo, side, **DOWN)
         self.relax(0.2, -0.3 / tempo)
 
     def punch(self, side, pace):
@@ -329,12 +324,13 @@ class Plan:
             self.carry(free, 0.35, place)
             rise = self.some(0.07, 0.11)
             self.fly([foot], place, 0.12, rise, tuck=0.02, tip=0.5)
-        self.move(0.35, free, lift=0.0, fwd=0.0, tip=0.0)
+        self.move(0.35, free, **DOWN)
         self.relax(0.45)
 
     def raise_arms(self, side, pace):
-        high = self.some(2.75, 2.95)
-        flex, abduct = (0.1, high) if self.count(2) else (high, -0.15)  # through sides or front
+        flex, abduct = self.some(2.75, 2.95), -0.15  # through the front
+        if self.count(2):
+            flex, abduct = 0.1, flex                 # through the sides
         hold = self.some(0.4, 0.9)
         self.pose(pace, hold, flex=flex, abduct=abduct, reach=0.51, pitch=-0.06)
 
@@ -360,14 +356,13 @@ class Plan:
         self.t += self.some(0.3, 1.1)
 
 
-# 'side-step': Plan.side_step, ...
 ACTIONS = {action: getattr(Plan, re.sub(r'\W', '_', action)) for action in LANGUAGE['phrases']}
 SIDED = {'side-step', 'turn', 'kick', 'punch', 'wave'}
 
 
 def play(curves, times):
-    """{name: keys} -> {name: values (T,)}: cubic between the keys, held after the last. A spline
-    costs 0.1 ms to make, so one holds all curves, each in a minute of its own."""
+    """{name: keys} -> {name: values (T,)}: cubic between the keys, held after the last. One spline
+    (0.1 ms to make) holds all curves, each in a minute of its own."""
     laid_out = []
     for minute, keys in enumerate(curves.values()):
         held = (59.0, keys[-1][1], 0.0)
@@ -415,7 +410,7 @@ def body(plan, n_frames):
 
     pitch = plan.some(0.0, 0.06) + trunk['pitch']
     frame = {}
-    for joint, parent, share, offset in BONES:
+    for joint, parent, share, *offset in BONES:
         frame[joint] = rotation(yaw + share * trunk['twist'], share * pitch)
         joints[joint] = joints[parent] + frame[joint] @ offset
     pelvis, chest = frame[SPINE1], frame[NECK]
@@ -426,14 +421,14 @@ def body(plan, n_frames):
     heel = rotation(limb['yaw'], limb['tip']) @ HEEL
     ankle = toe + heel
 
-    # a planted foot out of reach lowers the pelvis, and all that hangs on it: the running maximum,
-    # then its mean, is smooth and never too little
+    # a planted foot out of reach lowers the pelvis, and all that hangs on it
     x, y, z = np.moveaxis(joints[[L_HIP, R_HIP]] - ankle, -1, 0)
-    reach = np.sqrt(np.maximum(LEG_REACH ** 2 - x ** 2 - z ** 2, 0.01))
+    squared = LEG_REACH ** 2 - x ** 2 - z ** 2
+    reach = np.sqrt(np.maximum(squared, 0.01))
     planted = ndimage.binary_dilation(down, [[1, 1, 1]])
     too_high = np.maximum(y - reach, 0) * planted
     lower = ndimage.maximum_filter1d(too_high.max(0), 5)
-    joints[..., 1] -= ndimage.uniform_filter1d(lower, 5)
+    joints[..., 1] -= ndimage.uniform_filter1d(lower, 5)  # smooth, and never too little
 
     hip = joints[[L_HIP, R_HIP]]
     pole = np.cross(unit(ankle - hip), pelvis[..., 0])  # knees bend forward of the leg
@@ -457,7 +452,8 @@ def body(plan, n_frames):
 
     # frame 0 stands at the origin and faces +Z: row vectors times R turn by -yaw
     joints = joints.transpose(1, 0, 2)
-    joints[..., [0, 2]] -= joints[0, PELVIS, [0, 2]]
+    start = joints[0, PELVIS] * [1, 0, 1]
+    joints = joints - start
     return (joints @ rotation(yaw[0])).astype(np.float32)
 
 
@@ -478,8 +474,7 @@ def make_script(rng):
 def caption(script, rng):
     """Script -> (text, tokens) of one of the many ways to say it. Phrases are written as word/TAG
     or word=lemma/TAG. An item's marker ("then", "finally") stands right before its verb and the
-    speed comes last, so that word pairs alone tell the order; each action has two or three verbs,
-    each limb its own noun."""
+    speed comes last, so that word pairs alone tell the order."""
     def pick(options):
         return options[rng.integers(len(options))]
 
