@@ -1,13 +1,10 @@
 """The text-motion evaluator of Guo et al. 2022, the words it reads, and the metrics of the field.
 
 Everybody's FID and R-precision are distances between the 512-d vectors of this network, so it is
-rebuilt to the letter: a movement encoder (4 frames -> one vector), a bidirectional GRU over
-movements, another over words (word vector plus embedded part-of-speech tag). Source: Guo et al.,
-"Generating Diverse and Natural 3D Human Motions from Text", CVPR 2022. train_eval.py trains it,
-momask.py reads the released weights.
+rebuilt to the letter of "Generating Diverse and Natural 3D Human Motions from Text" (CVPR 2022).
+train_eval.py trains it, momask.py reads the released weights.
 
-    B batch, T frames, D features a frame (263 or 251), n = T // 4 movements, L = 22 word positions,
-    d embedding size
+    B batch, T frames, D features a frame (263 or 251), L = 22 word positions, d embedding size
 """
 import hashlib
 import json
@@ -26,13 +23,13 @@ from configurator import HERE, UserError
 from data import equal_lengths
 
 # -------------------------------------------------------------------------------------------- words
-# "walk/VERB left/ADJ" -> word vectors and tag one-hots
 
 MAX_WORDS = 20   # words of a caption that count
 POSITIONS = 22   # they, sos and eos
 # of Guo et al.'s word vectorizer: the tags in one-hot order, words that override the tagger
 WORD_TAGS = json.loads(Path(HERE, 'config', 'word_tags.json').read_text())
-TAGS, VIP_WORDS = WORD_TAGS['tags'], WORD_TAGS['vip_words']
+TAGS = WORD_TAGS['tags']
+VIP_WORDS = WORD_TAGS['vip_words']
 VIP_TAG = {word: tag for tag, words in VIP_WORDS.items() for word in words.split()}
 
 
@@ -69,10 +66,8 @@ def read_glove(folder):
 class Words:
     """Caption tokens -> (word vectors, tag one-hots, lengths), by the rules of the field.
 
-    Words()            hashed vectors: every word is a fixed random normal vector, seeded by its
-                       blake2b hash, so it is the same on every machine and every word has one
-    Words(glove_dir)   the field's GloVe. A word that is not in it takes the vector of 'unk' and the
-                       tag OTHER
+    Words(glove_dir) reads the field's GloVe; a word that is not in it takes the vector of 'unk' and
+    the tag OTHER. Without it every word is a fixed random normal vector, seeded by its hash.
     """
 
     def __init__(self, glove_dir=None, dim=300):
@@ -81,7 +76,6 @@ class Words:
         self.dim = len(self.vectors['unk']) if glove_dir else dim
 
     def vector(self, word):
-        """(dim,) float32, of a word that GloVe knows or of any hashed one."""
         if word not in self.vectors:
             digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
             seed = np.frombuffer(digest, '<u4')
@@ -90,7 +84,7 @@ class Words:
         return self.vectors[word]
 
     def read_token(self, token):
-        """'walk/VERB' -> vector (dim,) and the position of its tag in TAGS."""
+        """'walk/VERB' -> vector (dim,) float32 and the position of its tag in TAGS."""
         word, slash, tag = token.rpartition('/')
         if not slash:
             raise UserError(f'the caption token {token!r} has no tag: write word/TAG.')
@@ -186,9 +180,9 @@ class Evaluator(nn.Module):
             raise UserError(f'the text encoder reads {word_dim}-d word vectors, '
                             f'the words given are {words.dim}-d.')
         self.words = words
-        for name, values in (('mean', mean), ('std', std)):
-            values = torch.as_tensor(values, dtype=torch.float32)
-            self.register_buffer(name, values, persistent=False)
+        mean, std = (torch.as_tensor(values, dtype=torch.float32) for values in (mean, std))
+        self.register_buffer('mean', mean, persistent=False)
+        self.register_buffer('std', std, persistent=False)
         self.movement_encoder = MovementEncoder(len(mean) - 4, movement, code)
         self.motion_encoder = BiGRU(code, motion_hidden, out)
         self.text_encoder = TextEncoder(word_dim, tag_dim, text_hidden, out)
@@ -272,12 +266,11 @@ class Evaluator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ metrics
-# Arrays or tensors in, float64 inside, floats out; of Guo et al. 2022 unless a source is named.
+# Arrays or CPU tensors in, float64 inside, floats out; of Guo et al. 2022 unless a source is named.
 
 
 def float64(x):
-    """An array or tensor -> numpy float64, finite."""
-    x = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=np.float64)
+    x = np.asarray(x, dtype=np.float64)
     if not np.isfinite(x).all():
         raise UserError('a metric was given NaN or infinite values: the model or the evaluator '
                         'has diverged.')
@@ -311,8 +304,7 @@ def r_precision(text, motion, batch=32, same=None):
     batch is dropped. same: N caption strings; then any motion of the same caption counts as the
     text's own. A wrong motion at exactly the right one's distance counts as nearer, so that a
     collapsed network scores 0 and not 1."""
-    text = float64(text)
-    motion = float64(motion)
+    text, motion = float64(text), float64(motion)
     if len(text) < batch or text.shape != motion.shape:
         raise ValueError(f'R-precision needs paired vectors, at least {batch}: '
                          f'found {text.shape} and {motion.shape}')
@@ -338,7 +330,8 @@ def mm_dist(text, motion):
 
 def mean_pair_distance(emb, pairs, rng):
     """emb (..., N, d): mean distance of two random subsets of `pairs` vectors."""
-    a, b = (rng.choice(emb.shape[-2], pairs, replace=False) for _ in range(2))
+    a = rng.choice(emb.shape[-2], pairs, replace=False)
+    b = rng.choice(emb.shape[-2], pairs, replace=False)
     return mm_dist(emb[..., a, :], emb[..., b, :])
 
 
