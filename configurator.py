@@ -88,6 +88,11 @@ def keys_of_all_scripts():
     return names
 
 
+def plain(text):
+    """What can stand in a sentence: one line, not too long."""
+    return (text if text.isprintable() else ascii(text))[:80]
+
+
 def convert(key, value, default, where):
     """value, checked against the type of the default and the key's range. An int may stand for a
     float."""
@@ -98,14 +103,15 @@ def convert(key, value, default, where):
     except (ValueError, OverflowError):
         shown = 'a number of hundreds of digits'
     if type(value) is not type(default):
-        raise UserError(f'{where:.80}: {key} is {shown}, expected {type(default).__name__} '
+        raise UserError(f'{plain(where)}: {key} is {shown}, expected {type(default).__name__} '
                         f'as in its default {default!r}.')
     if isinstance(value, str) and NOT_TEXT.search(value):
-        raise UserError(f'{where!a:.80}: {key} holds bytes that are no text, expected UTF-8.')
+        raise UserError(f'{plain(where)}: {key} holds bytes that are no text, expected UTF-8.')
     if isinstance(value, (int, float)):
         low, high = RANGES.get(key, (-sys.float_info.max, sys.float_info.max))
         if not low <= value <= high:   # nor is NaN
-            raise UserError(f'{where:.80}: {key} is {shown}, expected {low:.10g} to {high:.10g}.')
+            raise UserError(f'{plain(where)}: {key} is {shown}, expected {low:.10g} to '
+                            f'{high:.10g}.')
     return value
 
 
@@ -113,12 +119,12 @@ def read_argument(arg, defaults):
     """'--key=value' -> {key: value}, of the type of the key's default."""
     key, equals, text = arg[2:].partition('=')
     if not equals:
-        raise UserError(f'{arg}: expected --key=value, for example --{key}=1.')
+        raise UserError(f'{plain(arg)}: expected --key=value, as in --seed=1.')
     if key not in defaults:
         near = [k for k in defaults if key.lower() in k or k in key.lower()]
         hint = f'close: {", ".join(near)}.' if near else '--help lists them.'
         script = os.path.basename(sys.argv[0])
-        raise UserError(f'--{key:.60} is not a setting of {script}; {hint}')
+        raise UserError(f'{plain(arg)} is not a setting of {script}; {hint}')
     kind = type(defaults[key])
     try:
         value = {'True': True, 'False': False}[text] if kind is bool else kind(text)

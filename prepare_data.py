@@ -427,6 +427,15 @@ def simple_tags(text):
     return ' '.join(f'{word}/{tag}' for word, tag in zip(words, tags))
 
 
+def babel_entries(path):
+    """A json file of BABEL -> {key: entry}."""
+    hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
+    entries = read_json(path, hint)
+    if not isinstance(entries, dict):
+        raise UserError(f'{path} holds no dict of entries: {hint}.')
+    return entries
+
+
 def babel_clips(src, entries, split, skipped):
     """Yield each labelled segment of BABEL's {key: entry}; its label is the caption."""
     for key, entry in tqdm(entries.items(), split, unit='clip', mininterval=1):
@@ -465,12 +474,7 @@ def prepare_babel(folder, src):
     skipped = Counter()
     splits = {}
     for split, file in dict(train='train.json', val='val.json', test='val.json').items():
-        path = Path(src, file)
-        hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
-        entries = read_json(path, hint)
-        if not isinstance(entries, dict):
-            raise UserError(f'{path} holds no dict of entries: {hint}.')
-        splits[split] = babel_clips(src, entries, split, skipped)
+        splits[split] = babel_clips(src, babel_entries(Path(src, file)), split, skipped)
     write_dataset(folder, 'babel', 'smpl22', splits, skipped)
 
 
