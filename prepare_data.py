@@ -33,7 +33,7 @@ from tqdm import tqdm
 import toy
 from bvh import bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
-from data import FRAMES_PER_TOKEN, mean_std, save_meta, save_split
+from data import FRAMES_PER_TOKEN, LARGEST, mean_std, save_meta, save_split
 from motion import SKELETONS, joints_to_features, mirror, resample
 from runtime import read, read_array, read_json, read_text
 
@@ -41,7 +41,6 @@ SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
 MAX_FRAMES = 196   # the field's longest motion, 49 tokens
 TOO_LONG = 200     # it leaves out files of so many frames
-LARGEST = 1e6      # no feature is larger: a kilometre, in the millimetres of KIT
 
 # -------------------------------------------------------------------------- what all have in common
 

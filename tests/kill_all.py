@@ -2,7 +2,7 @@
 
     python tests/kill_all.py [--kills=20] [--stages=vq,mask,res,len]
 
-Every stage is trained on a tiny data set in one go, and again with that many SIGKILLs, each followed
+Every stage is trained on a tiny data set in one go, and again with so many SIGKILLs, each followed
 by --init_from=resume. The two must end with the same bits: weights, optimizer, random states,
 history. Whenever it is killed, the checkpoints that lie there must load. Where it is killed is
 chance, but half of the kills come right after a file of the run has appeared or changed.
@@ -68,11 +68,11 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
     last = outs[1] / f'{stage}_last.pt'
     done = []
     while len(done) < kills:
-        command = [*cut, '--init_from=resume'] if last.exists() else cut
+        command = [*cut, '--init_from=resume' if last.exists() else '--overwrite=True']
         there = look(outs[1], stage)
         process = begin(folder, *command)
         patience = time.monotonic() + 60
-        while look(outs[1], stage) == there and process.is_alive():   # until it saves, or soon after
+        while look(outs[1], stage) == there and process.is_alive():   # until it saves
             assert time.monotonic() < patience
             time.sleep(0.001)
         time.sleep(rng.choice([0, 0.15]) * rng.random())
@@ -83,7 +83,7 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
             assert process.exitcode == 0, (folder / 'log').read_text()
             break
         done.append(torch.load(last)['it'] if last.exists() else 0)
-    finish(folder, *cut, *(['--init_from=resume'] if last.exists() else []))
+    finish(folder, *cut, '--init_from=resume' if last.exists() else '--overwrite=True')
 
     for name in (f'{stage}.pt', f'{stage}_last.pt'):
         one, two = (torch.load(out / name) for out in outs)
