@@ -169,6 +169,35 @@ def test_the_whole_chain(folder):
     assert all(4 <= n <= 80 for n in lengths)
 
 
+def test_editing_and_long_motion(folder):
+    """Parts in one motion; a span of a motion drawn anew; a motion led over to another."""
+    long = 'a person walks#40 | a person walks 3 steps#60 | a person walks#80'
+    run(folder, 'sample.py', CONFIG, f'--prompt={long}', '--samples_dir=long')
+    first, = motions(folder, 'long')
+    assert first.shape == (180, 22, 3)
+    np.save(folder / 'walk.npy', first[:64])
+
+    edit = ['sample.py', CONFIG, '--prompt=a person walks 2 steps', '--source=walk.npy']
+    run(folder, *edit, '--edit=0.5:0.75', '--repeats=2', '--samples_dir=edited')
+    one, other = motions(folder, 'edited')
+    assert one.shape == other.shape == (64, 22, 3)
+    assert not np.array_equal(one, other)
+    run(folder, *edit, '--edit=32:48,60:64', '--samples_dir=frames')
+    assert motions(folder, 'frames')[0].shape == (64, 22, 3)
+    run(folder, *edit, '--then=walk.npy', '--length=20', '--samples_dir=led')
+    assert motions(folder, 'led')[0].shape == (64 + 20 + 64, 22, 3)
+
+    np.save(folder / 'flat.npy', first[:, 0])
+    for wrong, words in {
+            '--edit=0.7:0.4': 'which is no part of 64 frames',
+            '--edit=some': 'expected shares or frames',
+            '--edit=0:100': 'which is no part of 64 frames',
+            '--then=none.npy': 'none.npy does not exist',
+            '--then=flat.npy': 'flat.npy has shape (180, 3), expected (T, 22, 3)'}.items():
+        assert words in run(folder, *edit, wrong, ok=False)
+    assert 'Editing needs --source' in run(folder, *edit, ok=False)
+
+
 def test_what_training_says(folder):
     """The progress line has a loss from the first step on, and no infinity before the first
     validation."""
@@ -359,8 +388,9 @@ def test_hgm3_trains_resumes_and_samples(folder):
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
     assert one['tags']['walk'] == 'VERB'
     run(folder, 'sample.py', CONFIG, f'--out_dir={whole}', '--length=40', '--samples_dir=graph',
-        '--prompt=a person walks, then 3 steps')
+        '--prompt=a person walks, then 3 steps', '--explain=True')
     assert motions(folder, 'graph')[0].shape == (40, 22, 3)
+    assert os.path.exists(folder / 'graph' / '000_a-person-walks-then-3-steps_explained.png')
 
 
 def test_the_letter_of_the_papers(folder):
