@@ -33,7 +33,7 @@ from tqdm import tqdm
 import toy
 from bvh import bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
-from data import FRAMES_PER_TOKEN, mean_std, save_meta, save_split
+from data import FRAMES_PER_TOKEN, LARGEST, mean_std, save_meta, save_split
 from motion import SKELETONS, joints_to_features, mirror, resample
 from runtime import read, read_array, read_json, read_text
 
@@ -41,7 +41,6 @@ SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
 MAX_FRAMES = 196   # the field's longest motion, 49 tokens
 TOO_LONG = 200     # it leaves out files of so many frames
-LARGEST = 1e6      # no feature is larger: a kilometre, in the millimetres of KIT
 
 # -------------------------------------------------------------------------- what all have in common
 
@@ -427,6 +426,15 @@ def simple_tags(text):
     return ' '.join(f'{word}/{tag}' for word, tag in zip(words, tags))
 
 
+def babel_entries(path):
+    """A json file of BABEL -> {key: entry}."""
+    hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
+    entries = read_json(path, hint)
+    if not isinstance(entries, dict):
+        raise UserError(f'{path} holds no dict of entries: {hint}.')
+    return entries
+
+
 def babel_clips(src, entries, split, skipped):
     """Yield each labelled segment of BABEL's {key: entry}; its label is the caption."""
     for key, entry in tqdm(entries.items(), split, unit='clip', mininterval=1):
@@ -465,12 +473,7 @@ def prepare_babel(folder, src):
     skipped = Counter()
     splits = {}
     for split, file in dict(train='train.json', val='val.json', test='val.json').items():
-        path = Path(src, file)
-        hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
-        entries = read_json(path, hint)
-        if not isinstance(entries, dict):
-            raise UserError(f'{path} holds no dict of entries: {hint}.')
-        splits[split] = babel_clips(src, entries, split, skipped)
+        splits[split] = babel_clips(src, babel_entries(Path(src, file)), split, skipped)
     write_dataset(folder, 'babel', 'smpl22', splits, skipped)
 
 

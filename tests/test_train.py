@@ -550,7 +550,7 @@ SAMPLE = ['sample.py', CONFIG]
 NO_GOLDEN = ['--init_from=momask', '--momask_root=no_such', '--momask_mask=x', '--momask_res=x']
 MISTAKES = {
     'is not a setting of train_mask.py; close: alpha0, alpha_schedule': [*TRAIN, '--alpha=0'],
-    '--FRAMES_PER_TOKEN is not a setting': [*TRAIN, '--FRAMES_PER_TOKEN=5'],
+    '--FRAMES_PER_TOKEN=5 is not a setting': [*TRAIN, '--FRAMES_PER_TOKEN=5'],
     'expected int': [*TRAIN, '--batch_size=many'],
     "fusion is 'sharp', expected rescaled, zscore": [*TRAIN, '--fusion=sharp'],
     "init_from is 'resum', expected scratch, resume": [
