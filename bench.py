@@ -29,7 +29,8 @@ import msd
 import text
 from configurator import configure
 from generate import generate_base, generate_residual
-from model import MaskTransformer, ModelConfig, ResTransformer, Trunk
+from hgm3 import HardTokenMining
+from model import LossPredictor, MaskTransformer, ModelConfig, ResTransformer, Trunk
 from runtime import atomic_write, setup, synchronize
 from vq import RVQVAE, VQConfig
 
@@ -57,11 +58,14 @@ motion = torch.randn(batch, frames, 263, device=run.device)
 cached_ids = torch.randint(512, (batch, n_tokens, 6), device=run.device)
 cached_text = torch.randn(batch, 1, 512, device=run.device)
 valid = torch.ones(batch, n_tokens, dtype=torch.bool, device=run.device)
+# a sentence with two actions and two specifics of each, as captions of HumanML3D have
+graph_role = torch.tensor([1, 2, 3, 11, 2, 5, 9], device=run.device).repeat(batch, 1)
+cached_nodes = torch.randn(batch, 7, 512, device=run.device)
 
 
 def show(title, make, forms):
     """Time make(form)() of each form, the forms taking turns. Print and keep medians, peak memory,
-    the ratio to plain, DynMask's price."""
+    the ratio to plain, and what each switch costs."""
     runs = {form: make(form) for form in forms}
     seconds = {form: [] for form in forms}
     for _ in range(warm + rounds):
@@ -79,9 +83,10 @@ def show(title, make, forms):
         table[form] = row = {'ms': ms, 'MB': peak_memory(work) / 1e6}
         row['times plain'] = table['plain']['ms'] / ms
         print(f'  {form:18s} {ms:9.1f} ms {row["MB"]:9.1f} MB {row["times plain"]:8.2f}x')
-    if 'ours, DynMask' in forms:
-        table['on / off'] = table['ours, DynMask']['ms'] / table['ours']['ms']
-        print(f'  DynMask on / off {table["on / off"]:.3f}')
+    for form in forms:
+        if form.startswith('ours, '):
+            ratio = table[form]['times ours'] = table[form]['ms'] / table['ours']['ms']
+            print(f'  {form} / ours {ratio:.3f}')
     return table
 
 
@@ -104,7 +109,7 @@ def peak_memory(work):
 
 
 # ------------------------------------------------------------------------- networks, fast and plain
-# A form is 'plain', 'ours' or 'compiled', the last two also with DynMask: 'ours, DynMask'.
+# A form is 'plain', 'ours' or 'compiled', and what is switched on besides: 'ours, DynMask'.
 
 
 class PlainTrunk(Trunk):
@@ -131,7 +136,9 @@ class PlainTrunk(Trunk):
 
 def build(network, form):
     """A MaskTransformer, ResTransformer or RVQVAE of random weights."""
-    config = VQConfig() if network is RVQVAE else ModelConfig(spectral_attn='DynMask' in form)
+    config = ModelConfig(spectral_attn='DynMask' in form, graph='graph' in form)
+    if network is RVQVAE:
+        config = VQConfig()
     model = network(config)
     if network is MaskTransformer:
         model.G.copy_(msd.gram(torch.randn(512, 512)))
@@ -167,17 +174,27 @@ def encode_prompts(B, form):
 # ----------------------------------------------------------------------------------- what is timed
 
 
-def training_step(model, loss, form):
-    """A whole step as a function: forward, backward, clip, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-4, fused=form != 'plain')
+def training_step(model, loss, form, after=None):
+    """A whole step as a function: forward, backward, clip, AdamW (or Muon); after() ends it."""
+    learn = [p for p in model.parameters() if p.requires_grad]
+    optimizers = [torch.optim.AdamW(learn, 2e-4, fused=form != 'plain')]
+    if 'Muon' in form:
+        matrices = [p for p in model.trunk.layers.parameters() if p.ndim == 2]
+        ours = {id(p) for p in matrices}
+        optimizers = [
+            torch.optim.AdamW([p for p in learn if id(p) not in ours], 2e-4, fused=True),
+            torch.optim.Muon(matrices, 2e-4, adjust_lr_fn='match_rms_adamw')]
 
     def step():
         with precision(form):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if after:
+            after()
     return step
 
 
@@ -191,10 +208,22 @@ def transformer_step(network, form):
             c, c_valid = encode_prompts(batch, form)
         if network is ResTransformer:
             return model(ids, c, c_valid, valid)
+        if 'graph' in form:
+            c, c_valid = cached_nodes, graph_role
         base = ids[..., 0]
+        if 'mining' in form:
+            hard = miner.difficulty(base, c, c_valid, valid)
+            masked, chosen = model.mask_tokens(base, c, valid, 'loss', difficulty=hard,
+                                               hard_share=0.25)
+            targets = torch.where(chosen, base, -100)
+            return miner(masked, c, c_valid, valid, targets, chosen.sum(), None, base)
         mask_by = 'msd' if 'DynMask' in form else 'random'
         masked, chosen = model.mask_tokens(base, c, valid, mask_by, noise=1.0)
         return model(masked, c, c_valid, valid, torch.where(chosen, base, -100))
+
+    if 'mining' in form:
+        miner = HardTokenMining(model, LossPredictor(model.config)).to(run.device)
+        return training_step(miner, loss, form, miner.update_teacher)
     return training_step(model, loss, form)
 
 
@@ -280,7 +309,8 @@ parts = what.split(',')
 if 'step' in parts:
     size = f'training step, batch {batch} x {n_tokens} tokens'
     masked = partial(transformer_step, MaskTransformer)
-    show(f'masked transformer, {size}', masked, with_dynmask)
+    others = ['ours, Muon', 'ours, hard mining', 'ours, graph', 'ours, hard mining, graph']
+    show(f'masked transformer, {size}', masked, with_dynmask + others)
     residual = partial(transformer_step, ResTransformer)
     show(f'residual transformer, {size}', residual, forms)
     show(f'tokenizer, training step, {4 * batch} x 64 frames', tokenizer_step, forms)
