@@ -154,9 +154,9 @@ def precision(form):
 
 
 @cache
-def text_tower(form):
+def text_tower(plain):
     """Of random weights. Plain: open_clip's own encode_text, which reads all 77 columns."""
-    if form != 'plain':
+    if not plain:
         return text.clip_tower(pretrained=None, device=run.device)
     model = open_clip.create_model('ViT-B-32-quickgelu', device=run.device).eval()
     words = open_clip.get_tokenizer('ViT-B-32-quickgelu')
@@ -167,7 +167,7 @@ def text_tower(form):
 def encode_prompts(B, form):
     """-> c (B, 1, 512), c_valid (B, 1)."""
     captions = [f'a person walks {i} steps and then turns around to the left' for i in range(B)]
-    c = text_tower(form)(captions).to(run.device)[:, None]
+    c = text_tower(form == 'plain')(captions).to(run.device)[:, None]
     return c, torch.ones(B, 1, dtype=torch.bool, device=run.device)
 
 

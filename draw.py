@@ -185,6 +185,7 @@ def draw_grid(motions, path, columns=3, fps=10, size=(210, 230)):
     """[(caption, joints (T, J, 3))] side by side in one GIF; a short one holds its last pose."""
     captions = [_caption(caption, size[0]) for caption, _ in motions]
     above = max(len(picture) for picture in captions)
+    columns = min(columns, len(motions))
     rows = -(-len(motions) // columns)
     page = np.empty((rows * (above + size[1]), columns * size[0], 3), np.uint8)
     page[:] = BACKGROUND

@@ -83,9 +83,9 @@ def draw(clips, size, generator, crop):
 
 
 def training_batch():
-    """ev_batch random clips, cropped as in the field -> normalized motion (B, T, D) with zeros
-    behind each end, lengths (B,), tokens (B strings), match (B, B): is text i one of clip j's?, and
-    the clips' numbers."""
+    """Clips cropped as in the field -> normalized motion (B, T, D) with zeros behind each end,
+    lengths (B,), tokens (B strings), match (B, B), 1 where text i is one of clip j's, and the
+    clips' numbers."""
     motions, captions = draw(train, ev_batch, generator, crop=True)
     x = [model.normalize(torch.from_numpy(motion).to(run.device)) for motion in motions]
     x = F.pad(pad_sequence(x, batch_first=True), (0, 0, 0, 4))
@@ -93,7 +93,7 @@ def training_batch():
     clip = [caption['clip'] for caption in captions]
     match = [[caption['text'] in texts_of_clip[j] for j in clip] for caption in captions]
     tokens = [caption['tokens'] for caption in captions]
-    return x, lengths, tokens, torch.tensor(match, device=run.device), clip
+    return x, lengths, tokens, torch.tensor(match).to(x), clip
 
 
 def all_pairs(clips):
@@ -148,9 +148,8 @@ def matching_loss(text, motion, match):
     """text, motion (B, d), match (B, B) -> scalar. All right partners of one share the
     probability: cross-entropy against their even mixture."""
     logits = -torch.cdist(text, motion) * log_scale.exp()
-    right = match.float()
-    to_motion = (logits.log_softmax(1) * right).sum(1) / right.sum(1)
-    to_text = (logits.log_softmax(0) * right).sum(0) / right.sum(0)
+    to_motion = (logits.log_softmax(1) * match).sum(1) / match.sum(1)
+    to_text = (logits.log_softmax(0) * match).sum(0) / match.sum(0)
     return -0.5 * (to_motion + to_text).mean()
 
 
@@ -181,8 +180,8 @@ for step in tqdm(range(ev_steps), desc='2 matching', mininterval=1):
 
 
 def warp(x, strength, phase):
-    """x (T, D) played unevenly: speed 1 + strength * cos(one turn over the clip), velocities scaled
-    by it. The duration stays; strength < 1, so time never runs backwards."""
+    """x (T, D) played at a speed of 1 + strength * cos(one turn over the clip), which scales the
+    velocities too. The duration stays."""
     T, D = x.shape
     u = np.linspace(0, 2 * np.pi, T)
     played = u + strength * (np.sin(u + phase) - np.sin(phase))
