@@ -571,7 +571,7 @@ def test_no_checkpoint_of_nan_is_written(tmp_path):
     before = path.read_bytes()
     for bad in (np.nan, np.inf):
         wrong = {'model': {'a': torch.ones(2), 'b': torch.tensor([1, bad])}}
-        sentence(lambda: runtime.save(wrong, path), str(path), 'model b holds NaN')
+        sentence(lambda: runtime.save(wrong, path), str(path), 'b holds NaN')
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['x.pt']
 
