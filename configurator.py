@@ -21,8 +21,8 @@ NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # what UTF-8 has no bytes for, and 
 
 given = set()   # keys that a config file or the command line has set
 
-# What a number may be, lowest and highest, in one table, because scripts share settings; one that
-# is not here need only be finite. A slip of the finger shall not take all memory: --window=1000 did.
+# What a number may be, lowest and highest, in one table, because scripts share settings; others
+# need only be finite. A slip of the finger shall not take all memory: --window=1000 did.
 RANGES = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),   # numpy's
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
@@ -48,8 +48,8 @@ RANGES = {key: (low, high) for low, high, keys in (
     (1e-9, 1e12, 'grad_clip'),
     (1e-4, 1e3, 'temperature res_temperature'),
     (-100, 100, 'cond_scale res_scale'),
-    (0, 1e6, 'w_position w_foot w_commit vq_reset_below vq_sample cfs_noise lambda_D beta '
-             'sigma_max'),
+    (0, 1e6, 'w_position w_foot w_heading w_commit vq_reset_below vq_sample '
+             'cfs_noise lambda_D beta sigma_max'),
 ) for key in keys.split()}
 
 

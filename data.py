@@ -227,9 +227,8 @@ def fingerprint(folder):
     features are known by the stamp that `load_split` compares, the small files by their bytes."""
     files = load_meta(folder)[0]['files']
     parts = [files[f'{split}_motion.npy']['blake2b'] for split in ('train', 'val')]
-    for name in ('mean.npy', 'std.npy', 'train_clips.npz', 'train_captions.json', 'val_clips.npz',
-                 'val_captions.json'):
-        parts.append(digest(os.path.join(folder, name)))
+    small = 'mean.npy std.npy train_clips.npz train_captions.json val_clips.npz val_captions.json'
+    parts += [digest(os.path.join(folder, name)) for name in small.split()]
     return hashlib.blake2b(''.join(parts).encode(), digest_size=8).hexdigest()
 
 

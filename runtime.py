@@ -238,12 +238,10 @@ def not_finite(weights):
 
 def save(checkpoint, path):
     """torch.save, whole or not at all. UserError for NaN or infinity in a network's weights."""
-    for part in ('model', 'miner', 'state'):
-        bad = not_finite(checkpoint.get(part) or {})
-        if bad:
-            raise UserError(f'{path} was not written, and what was there is as it was: {part} {bad}'
-                            ' holds NaN or infinity; lower the learning rate, or look for broken '
-                            'clips.')
+    bad = not_finite(checkpoint.get('model') or checkpoint.get('state') or {})
+    if bad:
+        raise UserError(f'{path} was not written, and what was there is as it was: {bad} holds NaN '
+                        'or infinity; lower the learning rate, or look for broken clips.')
     with atomic_write(path) as f:
         torch.save(checkpoint, f)
 
@@ -394,16 +392,11 @@ class Losses:
         values = mean_over_ranks(torch.stack([loss for _, loss, _ in self.waiting]))
         for (step, _, batch), value in zip(self.waiting, values):
             self.refuse('loss', value, step, batch)
-        self.last = step, batch
         self.waiting = []
         return value
 
-    def validated(self, *figures):
-        """UserError where a figure of the validation after the last step is not finite."""
-        for value in figures:
-            self.refuse('validation error', value, *self.last)
-
     def refuse(self, what, value, step, batch):
+        """UserError for a value that is not finite, after a step on this batch."""
         if not math.isfinite(value):
             names = list(dict.fromkeys(map(str, self.names(batch))))
             raise UserError(f'The {what} is {value} at step {step}, and nothing was saved since: '

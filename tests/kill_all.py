@@ -8,6 +8,7 @@ history. Whenever it is killed, the checkpoints that lie there must load. Where 
 chance, but half of the kills come right after a file of the run has appeared or changed.
 """
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -45,11 +46,15 @@ def finish(folder, *command):
     assert process.exitcode == 0, (folder / 'log').read_text()
 
 
-def look(out, stage):
-    """Names and times of what the run has written so far; every checkpoint must load."""
+def look(out, stage, watched):
+    """Names and times of the files that are watched; every checkpoint must load."""
     for file in out.glob(f'{stage}*.pt'):
         runtime.load(file, '', stage)
-    return sorted((path.name, path.stat().st_mtime_ns) for path in out.glob(f'*{stage}*.pt*'))
+    times = {}
+    for path in out.glob(watched):
+        with contextlib.suppress(FileNotFoundError):   # it has just taken its place
+            times[path.name] = path.stat().st_mtime_ns
+    return times
 
 
 def kill_and_resume(folder, stage, kills, steps, seed=0):
@@ -69,16 +74,17 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
     done = []
     while len(done) < kills:
         command = [*cut, '--init_from=resume' if last.exists() else '--overwrite=True']
-        there = look(outs[1], stage)
+        watched = rng.choice([f'*{stage}*.pt*', last.name])   # also what is half written
+        there = look(outs[1], stage, watched)
         process = begin(folder, *command)
         patience = time.monotonic() + 60
-        while look(outs[1], stage) == there and process.is_alive():   # until it saves
+        while look(outs[1], stage, watched) == there and process.is_alive():
             assert time.monotonic() < patience
             time.sleep(0.001)
         time.sleep(rng.choice([0, 0.15]) * rng.random())
         process.kill()
         process.join()
-        look(outs[1], stage)
+        look(outs[1], stage, watched)
         if process.exitcode != -signal.SIGKILL:   # it was faster
             assert process.exitcode == 0, (folder / 'log').read_text()
             break
@@ -88,7 +94,8 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
     for name in (f'{stage}.pt', f'{stage}_last.pt'):
         one, two = (torch.load(out / name) for out in outs)
         for checkpoint in (one, two):
-            del checkpoint['settings']   # where they lie
+            del checkpoint['settings']   # these say where the run lies
+            checkpoint.pop('vq', None)
         assert same(one, two), f'{name} differs after kills at {done}'
     assert not list(outs[1].glob('.*.tmp'))
     return done

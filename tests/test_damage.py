@@ -28,7 +28,8 @@ from bvh import read_bvh
 from configurator import RANGES, UserError, configure
 from vq import RVQVAE, VQConfig, load_tokenizer
 
-SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'study', 'bench')
+SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'study',
+           'bench')
 
 
 def sentence(work, *words):
@@ -465,7 +466,8 @@ def test_cached_text(tmp_path, damage):
              'text_clip.npz', 'delete it')
 
 
-@pytest.mark.parametrize('prompt', ['человек идёт', '人が歩く', 'the a of', '!?', '\N{WAVING HAND SIGN}'])
+@pytest.mark.parametrize('prompt', [
+    'человек идёт', '人が歩く', 'the a of', '!?', '\N{WAVING HAND SIGN}'])
 def test_a_prompt_of_no_words(prompt):
     """Its vector was zeros: no condition at all, and no word of it."""
     sentence(lambda: text.condition(['a person walks', prompt], 'hash', 'clauses'), prompt,
@@ -569,7 +571,7 @@ def test_no_checkpoint_of_nan_is_written(tmp_path):
     before = path.read_bytes()
     for bad in (np.nan, np.inf):
         wrong = {'model': {'a': torch.ones(2), 'b': torch.tensor([1, bad])}}
-        sentence(lambda: runtime.save(wrong, path), str(path), 'model b holds NaN')
+        sentence(lambda: runtime.save(wrong, path), str(path), 'b holds NaN')
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['x.pt']
 

@@ -28,9 +28,9 @@ from motion import SKELETONS
 from vq import load_tokenizer
 
 SMPL = SKELETONS['smpl22']
-NASTY = [b'', b'\0', b'\xff', b'"', b'{', b'[', b'}', b'#', b'/', b'-1', b'0', b'1e400', b'-Infinity',
-         b'NaN', b'null', b'true', b'[1]', b'99999999999999999999', b'\xc2\xb2', b'\\ud800',
-         b'9' * 5000, b'JOINT', b'End', b'CHANNELS', b"'", b'(', b'<f8', b'|O', b'1e300', b'\n']
+NASTY = [b'', b'\0', b'\xff', b'"', b'{', b'[', b'}', b'#', b'/', b'-1', b'0', b'1e400',
+         b'-Infinity', b'NaN', b'null', b'true', b'[1]', b'99999999999999999999', b'\xc2\xb2',
+         b'\\ud800', b'9' * 5000, b'JOINT', b'End', b'CHANNELS', b"'", b'(', b'<f8', b'|O', b'1e300', b'\n']
 WORD = re.compile(rb'[\w.+-]+')
 
 

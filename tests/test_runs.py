@@ -173,7 +173,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     ('vq', 'validation', 5, 'The validation error is nan at step 12', 6),
     ('eval', 'training', 3, 'The loss is nan at step 3', 2),
     ('eval', 'validation', 2, 'a metric was given NaN', 2)])
-def test_a_run_that_diverges_keeps_its_checkpoints(folder, stage, mode, call, words, step):  # noqa: F811,E501
+def test_divergence_spares_checkpoints(folder, stage, mode, call, words, step):   # noqa: F811
     out = out_dir(folder, f'nan_{stage}_{mode}', *['vq.pt'][stage != 'mask':])
     script = folder / f'diverge_{stage}_{mode}.py'
     script.write_text(DIVERGE)
@@ -217,7 +217,7 @@ def test_places_are_looked_at_before_the_work(folder):   # noqa: F811
 @pytest.mark.parametrize('content, words', [
     (b'a person \xff walks', "'utf-8' codec"), ('walks#²'.encode(), "'²' behind # is not"),
     (b'walks#' + b'9' * 5000, 'behind # is not a number'), (b'', 'prompt is empty'),
-    (None, 'there is no such file'), ('человек идёт'.encode(), 'no word that the hash encoder')])
+    (None, 'there is no such file'), ('человек идёт'.encode(), 'no word that the hash')])
 def test_prompt_files(folder, content, words):   # noqa: F811
     path = folder / f'prompts_{abs(hash(content))}.txt'
     if content is None:
