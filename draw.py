@@ -3,6 +3,8 @@
 Left limbs are blue, right ones red, the way of the root is yellow. Figures have 72 dots per inch,
 so that matplotlib's points are pixels.
 """
+import shutil
+import subprocess
 import textwrap
 
 import numpy as np
@@ -262,3 +264,13 @@ def draw_msd(path, title, joints, phi, omega, fps):
     curve.step(middle, omega, where='mid')
     curve.set(xlim=(0, n * seconds), ylim=(0, None), ylabel='$\\Omega(t)$, Eq 8', xlabel='seconds')
     figure.savefig(path)
+
+
+def gif_to_mp4(path):
+    """x.gif -> x.mp4 beside it, by ffmpeg; False where there is none, or it cannot."""
+    if not shutil.which('ffmpeg'):
+        return False
+    even = 'crop=trunc(iw/2)*2:trunc(ih/2)*2'   # players want even sizes
+    command = ['ffmpeg', '-y', '-i', path, '-vf', even, '-pix_fmt', 'yuv420p',
+               path.removesuffix('.gif') + '.mp4']
+    return not subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode
