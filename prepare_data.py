@@ -599,7 +599,7 @@ def prepare_folder(folder, name, args):
     files = [p for p in sorted(Path(src).rglob('*')) if p.suffix.lower() in ('.bvh', '.npy')]
     if not files:
         raise UserError(f'{src} holds no .bvh or .npy file')
-    if fps <= 0 and any(path.suffix.lower() == '.npy' for path in files):
+    if fps < 1 and any(path.suffix.lower() == '.npy' for path in files):
         raise UserError(f'{src} holds .npy files, which do not tell their frame rate: give --fps')
     maps = {args.joints: read_joint_names(args.joints)} if args.joints else None
     leg, metres, up = unit_and_up(files, maps, fps)
@@ -613,15 +613,16 @@ def prepare_folder(folder, name, args):
 
     skipped = Counter()
     texts = read_table(args.captions or Path(src, 'captions.csv'), skipped)
-    unused = dict(texts)
-    jobs = []
+    jobs, named = [], set()
     for path in files:
         place = path.relative_to(src).with_suffix('').as_posix()
-        key = place if place in texts else path.name.removesuffix(path.suffix)
-        jobs.append((path, place.replace('/', '-'), texts.get(key, [])))
-        unused.pop(key, None)
-    if unused:
-        skipped['captions of a file that is not there'] = sum(map(len, unused.values()))
+        keys = dict.fromkeys([place, path.stem])
+        of_file = [text for key in keys for text in texts.get(key, [])]
+        jobs.append((path, place.replace('/', '-'), of_file))
+        named.update(keys)
+    strays = sum(len(texts[key]) for key in texts.keys() - named)
+    if strays:
+        skipped['caption of a file that is not there'] = strays
 
     usable, hows = [], Counter()
     work = functools.partial(own_clips, maps=maps, fps=fps, metres=metres, up=up)
