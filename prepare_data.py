@@ -463,8 +463,9 @@ def unit(text):
 
 
 def plain(name):
-    """A joint's name without prefix, case and marks: 'mixamorig:LeftUpLeg' -> 'leftupleg'."""
-    return re.sub(r'^.*:|^mixamorig\d*|[^a-z0-9]', '', str(name).lower())
+    """A name without prefix, case and marks: 'mixamorig:LeftUpLeg' -> 'leftupleg', 'm_avg_L_Hip' ->
+    'lhip'."""
+    return re.sub(r'^.*:|^mixamorig\d*|^[mf]_avg_|[^a-z0-9]', '', str(name).lower())
 
 
 def place_joints(world, names, maps):
@@ -532,7 +533,7 @@ def unit_and_up(files, maps, fps):
                         f'because of: {next(iter(skipped))}')
     leg, body = np.median(legs), np.median(bodies, axis=0)
     axis = np.abs(body).argmax()
-    up = 'xyz'[axis] if body[axis] > 0 else None
+    up = 'xyz'[axis] if axis and body[axis] > 0 else None   # no file format has x up
     metres = [metres for metres in UNITS.values() if LEG[0] < leg * metres < LEG[1]]
     return leg, metres[0] if metres else None, up
 
@@ -596,7 +597,8 @@ def prepare_folder(folder, name, args):
     line. Files are split by a hash of their names; training clips have their mirror images beside
     them."""
     src, fps = args.src, args.fps
-    files = [p for p in sorted(Path(src).rglob('*')) if p.suffix.lower() in ('.bvh', '.npy')]
+    files = [path for path in sorted(Path(src).rglob('*'))
+             if path.suffix.lower() in ('.bvh', '.npy') and path.is_file()]
     if not files:
         raise UserError(f'{src} holds no .bvh or .npy file')
     if fps < 1 and any(path.suffix.lower() == '.npy' for path in files):
