@@ -2,7 +2,8 @@
 
     generate_base       Algorithm 2: all base tokens hidden, then filled in over a few rounds
     generate_residual   MoMask 3.4: layer after layer on top of them
-    Pipeline            tokenizer + transformers + length estimator: prompts in, features out
+    Pipeline            tokenizer + transformers + length estimator: prompts in, features out;
+                        edits a span of a motion, joins motions into one of any length
 
 B prompts, N tokens of the longest, V codes. Text is c (B, m, 512) with c_valid (B, m): model.py.
 """
@@ -15,9 +16,9 @@ import hgm3
 import msd
 from configurator import UserError
 from data import FRAMES_PER_TOKEN
-from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
+from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
-from runtime import load, load_named
+from runtime import load, load_named, sizes
 from text import condition
 from vq import load_tokenizer
 
@@ -56,18 +57,11 @@ def with_no_text(c_valid):
 
 
 def decoding_of(config):
-    """The settings (a dict) that `Pipeline.generate` takes. UserError where one makes no sense."""
+    """The settings (a dict) that `Pipeline.generate` takes."""
     names = ('steps', 'cond_scale', 'res_scale', 'top_share', 'temperature', 'anneal',
              'res_temperature', 'res_layers', 'das_sampling', 'lambda_D', 'beta', 'sigma_max',
              'msd_decode', 'motion_steps', 'action_steps')
-    decoding = {name: config[name] for name in names}
-    for name in ('steps', 'temperature', 'res_temperature', 'top_share'):
-        if decoding[name] <= 0:
-            raise UserError(f'{name} is {decoding[name]}, expected more than 0.')
-    for name in ('top_share', 'anneal'):
-        if not 0 <= decoding[name] <= 1:
-            raise UserError(f'{name} is {decoding[name]}, expected a share of 1.')
-    return decoding
+    return {name: config[name] for name in names}
 
 
 @torch.no_grad()
@@ -145,10 +139,11 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
 
 
 @torch.no_grad()
-def generate_residual(model, ids, c, c_valid, n, n_layers=-1, cond_scale=5.0, top_share=0.1,
-                      temperature=1.0, generator=None):
+def generate_residual(model, ids, c, c_valid, n, known=None, n_layers=-1, cond_scale=5.0,
+                      top_share=0.1, temperature=1.0, generator=None):
     """MoMask 3.4: base ids (B, N), n (B,) tokens each -> (B, N, 1 + n_layers), one guided pass
-    a layer, sampled; 0 behind each end. n_layers: how many of the residual layers; -1 is all."""
+    a layer, sampled; 0 behind each end. n_layers: how many of the residual layers; -1 is all.
+    known (B, N, Q): tokens that are given, -1 where one is wanted."""
     V, Q = model.config.n_codes, model.config.n_quantizers
     valid = torch.arange(ids.shape[1], device=ids.device) < n[:, None]
     c_valid2 = with_no_text(c_valid)
@@ -162,7 +157,9 @@ def generate_residual(model, ids, c, c_valid, n, n_layers=-1, cond_scale=5.0, to
             return model(layers2, c2, c_valid2, valid2, q)
 
         logits = guided(forward, c, cond_scale)[..., :V]                 # never [PAD]
-        layers[..., q] = sample(logits, top_share, temperature, generator)
+        drawn = sample(logits, top_share, temperature, generator)
+        layers[..., q] = drawn if known is None else torch.where(known[..., q] < 0, drawn,
+                                                                 known[..., q])
     return torch.where(valid[..., None], layers, 0)[..., :1 + n_layers]
 
 
@@ -183,6 +180,7 @@ class Pipeline:
         self.tags = tags       # graph: each word's part of speech
         self.meta = meta
         self.val = None        # the masked transformer's validation cross-entropy
+        self.teacher = None    # HGM3's, which says what is hard
         self.device = device
         self.n_max = meta['max_frames'] // FRAMES_PER_TOKEN
 
@@ -208,21 +206,76 @@ class Pipeline:
     def generator(self, seed):
         return torch.Generator(self.device).manual_seed(seed)
 
-    def generate(self, c, c_valid, n, seed=0, res_scale=5.0, res_temperature=1.0, res_layers=-1,
-                 **decoding):
+    def generate(self, c, c_valid, n, seed=0, known=None, res_scale=5.0, res_temperature=1.0,
+                 res_layers=-1, **decoding):
         """Text and numbers of tokens n (B,) -> ids (B, N, q): base tokens and res_layers residual
-        layers, all there are by default. decoding: see generate_base."""
+        layers, all there are by default. known (B, N, Q): tokens that are given and stay, -1 where
+        one is wanted. decoding: see generate_base."""
         c, c_valid, n = c.to(self.device), c_valid.to(self.device), n.to(self.device)
         g = self.generator(seed)
-        width = self.n_max if c.is_cuda else None
-        ids = generate_base(self.mask, c, c_valid, n, width=width, generator=g, **decoding)
+        width = self.n_max if c.is_cuda and known is None else None
+        base = None if known is None else known[..., 0]
+        ids = generate_base(self.mask, c, c_valid, n, base, width=width, generator=g, **decoding)
         if self.res is None:
             return ids.clamp(max=self.mask.MASK - 1)[..., None]
         available = self.res.config.n_quantizers - 1
         if res_layers > available:
             raise UserError(f'res_layers is {res_layers}, this model has {available}; -1 is all.')
-        return generate_residual(self.res, ids, c, c_valid, n, res_layers, res_scale,
+        return generate_residual(self.res, ids, c, c_valid, n, known, res_layers, res_scale,
                                  temperature=res_temperature, generator=g)
+
+    def encode(self, features):
+        """The tokens (T // 4, Q) of un-normalized features (T, D)."""
+        frames = len(features) // FRAMES_PER_TOKEN * FRAMES_PER_TOKEN
+        features = torch.as_tensor(features[:frames], device=self.device)
+        return self.vq.encode(self.vq.normalize(features)[None])[0]
+
+    def edit(self, ids, spans, text, seed=0, **decoding):
+        """MoMask 4.3: tokens (n, Q) of a motion, of which those in `spans`, pairs (first, end), are
+        drawn anew to fit the text and what stands around them -> (n, Q). All others stay.
+
+        A motion longer than the networks know is edited span by span, each in a window around it.
+        """
+        c, c_valid = self.condition([text])
+        windows = [(0, len(ids), spans)]
+        if len(ids) > self.n_max:
+            windows = [(*self.window(len(ids), *span), [span]) for span in spans]
+        ids = ids.clone()
+        for first, end, inside in windows:
+            known = ids[first:end].clone()
+            for a, b in inside:
+                known[a - first:b - first] = -1
+            n = torch.tensor([end - first])
+            made = self.generate(c, c_valid, n, seed, known[None], **decoding)[0]
+            ids = ids[:, :made.shape[-1]]   # as many layers as are generated
+            ids[first:end] = made
+        return ids
+
+    def window(self, n, first, end):
+        """The n_max tokens of n around a span -> their first and end. UserError if it is longer."""
+        around = self.n_max - (end - first)
+        if around < 1:
+            raise UserError(f'{FRAMES_PER_TOKEN * (end - first)} frames are to be filled in one '
+                            f'piece, expected fewer than {FRAMES_PER_TOKEN * self.n_max}: this '
+                            'model has seen no longer motion.')
+        begin = min(max(0, first - around // 2), n - self.n_max)
+        return begin, begin + self.n_max
+
+    def join(self, parts, texts, seed=0, overlap=2, **decoding):
+        """Motions as tokens [(n_i, Q)] with their texts -> one motion (sum n_i, Q) of any length.
+        At each seam the last and the first `overlap` tokens are drawn anew, for the text 'this,
+        then that'. No tensor of the networks grows with the length."""
+        ids = torch.cat(parts)
+        seam = 0
+        for i in range(len(parts) - 1):
+            seam += len(parts[i])
+            before, after = min(overlap, len(parts[i]) - 1), min(overlap, len(parts[i + 1]) - 1)
+            near = ids[max(0, seam - self.n_max):seam + self.n_max]
+            start = max(0, seam - self.n_max)
+            span = (seam - start - before, seam - start + after)
+            text = f'{texts[i]}, then {texts[i + 1]}'
+            ids[start:start + len(near)] = self.edit(near, [span], text, seed + i, **decoding)
+        return ids
 
     def features(self, ids, n):
         """ids (B, N, q), n (B,) -> un-normalized features, a list of B arrays (4 n_i, D)."""
@@ -240,10 +293,9 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
         if kind != 'mask' and not os.path.exists(path):
             continue
         stage = '' if kind == 'mask' else f' --stage={kind}'
-        found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first')
-        if found[kind].get('kind') != kind:
-            holds = found[kind].get('kind', 'something else')
-            raise UserError(f'{path} holds {holds}, expected {kind}.')
+        found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first', kind,
+                           ('config', 'model', 'settings', 'meta', 'vq', 'vq_hash', 'val'))
+        found[kind]['path'] = path
 
     vq_path = found['mask']['vq']
     if not os.path.exists(vq_path):   # the folder was moved
@@ -260,8 +312,8 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
             network = LengthEstimator(n_out=checkpoint['meta']['max_frames'] // 4 + 1)
         else:
             make = MaskTransformer if kind == 'mask' else ResTransformer
-            network = make(ModelConfig(**checkpoint['config']))
-        load_named(network, checkpoint['model'], os.path.join(out_dir, f'{kind}.pt'))
+            network = make(sizes(ModelConfig, checkpoint['config'], checkpoint['path']))
+        load_named(network, checkpoint['model'], checkpoint['path'])
         networks[kind] = network
     checkpoint = found['mask']
     settings = checkpoint['settings']
@@ -269,4 +321,7 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
                     settings['text_encoder'], checkpoint['meta'], device, settings['text'],
                     checkpoint.get('tags'))
     pipe.val = checkpoint['val']
+    if checkpoint.get('teacher'):
+        pipe.teacher = LossPredictor(ModelConfig(**checkpoint['config'])).to(device).eval()
+        pipe.teacher.load_state_dict(checkpoint['teacher'])
     return pipe

@@ -10,22 +10,19 @@ Shapes: T frames, J joints (22, KIT 21), D = 4 + (J-1)*3 + (J-1)*6 + J*3 + 4 fea
     J*3        joint velocities in the root frame
     4          foot contacts: left ankle, left toe, right ankle, right toe
 
-The layout and its formulas are those of HumanML3D (Guo et al. 2022, "Generating Diverse and Natural
-3D Human Motions from Text"), quirks included: published models and statistics are tied to them.
+Layout and formulas are those of HumanML3D (Guo et al. 2022), quirks included: published models and
+statistics are tied to them.
 """
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-# -------------------------------------------------------------------------------------------------
-# Skeletons
-
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """What the representation has to know about a body. Joint numbers index axis -2 of `joints`."""
-    names: tuple              # J joint names; a left_/right_ prefix decides the colour in drawings
+    names: tuple              # J joint names, with a left_ or right_ prefix
     chains: tuple             # kinematic chains, root outwards
     raw_offsets: np.ndarray   # (J, 3) unit direction of each bone in the rest pose
     leg_joints: tuple         # knee and ankle of one leg: their bones measure a body's size
@@ -42,7 +39,7 @@ class Skeleton:
 
     @property
     def dim(self):
-        return 12 * self.n_joints - 1  # 4 + 3(J-1) + 6(J-1) + 3J + 4
+        return 12 * self.n_joints - 1
 
     @property
     def parents(self):
@@ -100,8 +97,7 @@ SKELETONS = {
 
 def mirror(joints, skeleton):
     """Left and right exchanged: joints (..., J, 3) reflected in the plane x = 0."""
-    flip = np.array([-1, 1, 1], dtype=joints.dtype)
-    return flip * joints[..., skeleton.swap, :]
+    return joints[..., skeleton.swap, :] * np.array([-1, 1, 1], joints.dtype)
 
 
 def bone_offsets(joints, skeleton):
@@ -137,8 +133,7 @@ def resample(joints, fps, new_fps):
     return joints[before] * (1 - share) + joints[before + 1] * share
 
 
-# -------------------------------------------------------------------------------------------------
-# Joints -> features. A yaw is an angle about Y from Z+ towards X+, the way a body faces.
+# A yaw is an angle about Y from Z+ towards X+, the way a body faces.
 
 
 def _turn(vectors, yaw):
@@ -182,14 +177,12 @@ def _bone_directions(joints, skeleton):
 
 def _retarget(joints, skeleton, offsets):
     """The same bone directions with other bone lengths; root travel scales with leg length."""
-    own_offsets = bone_offsets(joints[0], skeleton)
     lengths = np.linalg.norm(offsets, axis=-1)
-    own_lengths = np.linalg.norm(own_offsets, axis=-1)
+    own_lengths = np.linalg.norm(bone_offsets(joints[0], skeleton), axis=-1)
     legs = list(skeleton.leg_joints)
     scale = lengths[legs].sum() / own_lengths[legs].sum()
     bones = lengths[:, None] * _bone_directions(joints, skeleton)
-    result = np.empty_like(joints)
-    result[:, 0] = scale * joints[:, 0]
+    result = scale * joints   # the root stays so
     for chain in skeleton.chains:
         for parent, j in zip(chain, chain[1:]):
             result[:, j] = result[:, parent] + bones[:, j]
@@ -227,13 +220,13 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     """World joint positions (T, J, 3), Y up, at the skeleton's frame rate -> (T-1, D) float64.
 
     offsets (J, 3): retarget to the body with these rest-pose offsets first (`bone_offsets`).
-    contact_threshold: squared displacement under which a foot counts as standing (default: the
-    skeleton's). The last frame is used up by velocities.
-    steady: smooth the heading as an angle instead of as a vector. The field's smoothed vector
-    vanishes in the middle of a spin, where the root frame then flips within one frame, and its
-    first heading is set to 0 whatever the next ones are: jumps of up to half a turn, which a model
-    must get right to the degree. The joints that come back are the same.
-    Raises ValueError for a wrong shape, fewer than 2 frames or numbers that are not finite.
+    contact_threshold: default the skeleton's. The last frame is used up by velocities.
+    steady: two things that the field's features get wrong around turns; the joints that come back
+    are the same. Its smoothed facing vector vanishes in the middle of a spin, where the root frame
+    then flips within one frame, and its first heading is 0 whatever the next ones are: steady
+    smooths the heading as an angle. Its rotations are taken in the world, so that after a turn the
+    same pose has other ones (on toy 7 std away): steady takes them in the root frame.
+    ValueError for a wrong shape, fewer than 2 frames or numbers that are not finite.
     """
     joints = np.asarray(joints, dtype=np.float64)
     if joints.ndim != 3 or joints.shape[1:] != (skeleton.n_joints, 3) or len(joints) < 2:
@@ -254,31 +247,31 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     step = np.diff(joints, axis=0)
     root_velocity = _turn(step[:, 0], -yaw[1:])
     below_root = joints[:, :1] * [1, 0, 1]
-    positions = _turn(joints - below_root, -yaw[:, None])[:-1]
+    in_root_frame = _turn(joints - below_root, -yaw[:, None])
+    if steady:
+        rotations = _rotations(in_root_frame, skeleton, np.zeros_like(yaw))
+    else:
+        rotations = _rotations(joints, skeleton, yaw)
     velocities = _turn(step, -yaw[:-1, None])
     moved = (step[:, skeleton.feet] ** 2).sum(-1)
     n = len(step)
     return np.concatenate([
         -np.diff(yaw)[:, None] / 2,
         root_velocity[:, [0, 2]],
-        positions[:, 0, 1:2],
-        positions[:, 1:].reshape(n, -1),
-        _rotations(joints, skeleton, yaw)[:-1].reshape(n, -1),
+        in_root_frame[:-1, 0, 1:2],
+        in_root_frame[:-1, 1:].reshape(n, -1),
+        rotations[:-1].reshape(n, -1),
         velocities.reshape(n, -1),
         moved < contact_threshold,
     ], -1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Features -> joints
-
-
 def features_to_joints(features, n_joints):
     """Features (..., T, D) -> world joint positions (..., T, J, 3); numpy to numpy, torch to torch.
 
-    Integrates root yaw and root velocity, then places the root-frame positions (rotations and
-    velocities are not used, as in the field). Computed in float64 on the host and returned in the
-    input's type. ValueError for a wrong width.
+    Integrates root yaw and root velocity, then places the root-frame positions; rotations and
+    velocities are not used, as in the field. Computed in float64 on the host. ValueError for a
+    wrong width.
     """
     if not isinstance(features, np.ndarray):
         import torch  # only when a tensor comes in: data preparation does without its start-up time

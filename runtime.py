@@ -1,14 +1,19 @@
 """What every training script needs around its loop, and no idea of motion: the device, several
-ranks under torchrun, seeds, the learning rate, how fast the machine could be, checkpoint files."""
+ranks under torchrun, seeds, the learning rate, how fast the machine could be, checkpoint files and
+whose they are."""
 import contextlib
+import glob
+import json
 import math
 import os
-import pickle
 import random
 import re
+import socket
 import sys
 import tempfile
 import time
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import UserError
+from configurator import UserError, convert
 
 # -------------------------------------------------------------------------------------- the machine
 
@@ -116,12 +121,12 @@ def gather(x):
 
 
 def mean_over_ranks(x):
-    """A scalar tensor -> its mean over all ranks, as a float."""
+    """A tensor -> its mean over all ranks, as a float, or a list of them."""
     if not dist.is_initialized():
-        return x.item()
+        return x.tolist()
     x = x.detach().clone()
     dist.all_reduce(x)
-    return x.item() / dist.get_world_size()
+    return (x / dist.get_world_size()).tolist()
 
 
 def leave(run):
@@ -140,7 +145,8 @@ def leave(run):
 
 @contextlib.contextmanager
 def atomic_write(path, mode='wb'):
-    """A file that takes path's place only if the block ends well: nobody ever sees half of one."""
+    """A file that takes path's place only if the block ends well: nobody ever sees half of one.
+    UserError where the system does not write it: the disk is full."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     encoding = None if 'b' in mode else 'utf-8'
@@ -152,46 +158,254 @@ def atomic_write(path, mode='wb'):
             yield f
         os.chmod(f.name, 0o644)
         os.replace(f.name, path)
-    except BaseException:
+    except BaseException as e:
         os.unlink(f.name)
+        # torch.save meets a full disk with a RuntimeError, "unexpected pos"
+        if isinstance(e, OSError) or 'unexpected pos' in str(e):
+            raise UserError(f'{path} was not written ({e}), and what was there is as it was: is '
+                            'the disk full?') from None
         raise
 
 
-def save(obj, path):
-    """torch.save, whole or not at all."""
+def must_be_writable(path):
+    """UserError, before the work, where it could not write a file `path` at its end. Its folder is
+    made."""
+    try:
+        if os.path.isdir(path):
+            raise OSError('it is a folder')
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be written ({e}): give another place.') from None
+
+
+def read(path, hint, open_it):
+    """open_it(path), with one sentence (UserError) for whatever it raises on a file that is
+    missing, damaged or none: libraries raise nearly anything, and name no file."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError('there is no such file')
+        return open_it(path)
+    except Exception as e:
+        why = ' '.join(str(e).split()) or type(e).__name__
+        if re.search('pickle|weights.only', why, re.IGNORECASE):   # which advise to take the risk
+            why = 'damaged, or more than plain data; code in it was not run'
+        raise UserError(f'{path} cannot be read ({why:.200}): {hint}.') from None
+
+
+def read_text(path, hint):
+    return read(path, hint, lambda path: Path(path).read_text(encoding='utf-8-sig'))
+
+
+def read_json(path, hint):
+    return read(path, hint, lambda path: json.loads(Path(path).read_text(encoding='utf-8')))
+
+
+def read_array(path, hint):
+    """An .npy file of numbers -> its array, a read-only memory map of exactly this file."""
+    def open_it(path):
+        array = np.load(path, mmap_mode='r')
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in 'fi':
+            raise ValueError('it is no array of numbers')
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError('it is longer than its header says')
+        return array
+
+    return read(path, hint, open_it)
+
+
+def read_arrays(path, hint, keys):
+    """The arrays of an .npz file, each with the CRC-32 that is kept beside it."""
+    def open_it(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError('a checksum does not fit')
+        with np.load(path) as arrays:
+            return [arrays[key] for key in keys]
+
+    return read(path, hint, open_it)
+
+
+def not_finite(weights):
+    """The name of a tensor that holds NaN or infinity, None where all is well."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def save(checkpoint, path):
+    """torch.save, whole or not at all. UserError for NaN or infinity in a network's weights."""
+    for part in ('model', 'miner', 'state'):
+        bad = not_finite(checkpoint.get(part) or {})
+        if bad:
+            raise UserError(f'{path} was not written, and what was there is as it was: {part} {bad}'
+                            ' holds NaN or infinity; lower the learning rate, or look for broken '
+                            'clips.')
     with atomic_write(path) as f:
-        torch.save(obj, f)
+        torch.save(checkpoint, f)
 
 
-def load(path, hint):
+def load(path, hint, kind=None, keys=()):
     """Open a checkpoint on the CPU; no code in it can run. hint: what to do when it is not there.
-    UserError where it is missing, damaged, or holds more than plain data."""
+    UserError where it is missing, damaged (torch.save keeps a CRC-32 of each of its records, but
+    torch.load does not look), holds more than plain data, is of another kind than `kind`, or lacks
+    one of the keys."""
     if not os.path.exists(path):
         raise UserError(f'{path} is missing: {hint}.')
+    checkpoint = read(path, 'expected a file written by torch.save; get it again', open_checkpoint)
+    if kind and checkpoint.get('kind') != kind:
+        raise UserError(f'{path} holds {checkpoint.get("kind", "something else")}, expected '
+                        f'{kind}: {hint}.')
+    for key in keys:
+        if key not in checkpoint:
+            raise UserError(f'{path} lacks the entry {key}: was it written by another version?')
+    return checkpoint
+
+
+def open_checkpoint(path):
+    with open(path, 'rb') as f:
+        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
+            raise ValueError('a checksum does not fit')
+        f.seek(0)
+        checkpoint = torch.load(f, map_location='cpu', weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise ValueError('it holds no dict')
+    return checkpoint
+
+
+def sizes(kind, config, path):
+    """A checkpoint's config (dict) -> the dataclass `kind`. UserError where it is not one."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        # operand 149 begins an ordinary pickle, which torch.save never writes
-        if 'GLOBAL' in str(e) or 'operand 149' in str(e):
-            why = 'holds something other than plain tensors (code in it was not run)'
-        else:
-            why = 'is damaged or not a checkpoint'
-        raise UserError(f'{path} {why}: expected a file written by torch.save; '
-                        'get it again.') from None
+        shape = kind(**config)
+        for key, default in kind().__dict__.items():
+            convert(key, getattr(shape, key), default, path)
+    except TypeError:
+        raise UserError(f'{path} holds other sizes than a {kind.__name__}: was it written by '
+                        'another version?') from None
+    return shape
 
 
 def load_named(model, weights, path, missing_ok='$'):
-    """load_state_dict whose complaints are one sentence (UserError). missing_ok: a pattern for the
-    names of tensors that may keep their initial values."""
+    """load_state_dict whose complaints are one sentence (UserError), also about NaN and infinity.
+    missing_ok: a pattern for the names of tensors that may keep their initial values."""
     own = model.state_dict()
+    if not isinstance(weights, dict):
+        raise UserError(f'{path} holds no dict of tensors, expected that of a network.')
     for name, tensor in weights.items():
         if name not in own:
             raise UserError(f'{path} has a tensor {name} that this model has no place for: '
                             'is it another architecture?')
-        if tensor.shape != own[name].shape:
-            raise UserError(f'{path}: tensor {name} is {tuple(tensor.shape)}, '
-                            f'expected {tuple(own[name].shape)}.')
+        shape = tuple(getattr(tensor, 'shape', ()))
+        if shape != own[name].shape or not isinstance(tensor, torch.Tensor):
+            raise UserError(f'{path}: tensor {name} is {shape}, expected {tuple(own[name].shape)}.')
     missing = [k for k in own if k not in weights and not re.fullmatch(missing_ok, k)]
     if missing:
         raise UserError(f'{path} lacks {len(missing)} tensors, the first is {missing[0]}.')
+    bad = not_finite(weights)
+    if bad:
+        raise UserError(f'{path}: tensor {bad} holds NaN or infinity: train it again.')
     model.load_state_dict(weights, strict=False)
+
+
+# -------------------------------------------------------------------------------- a run, and whose
+
+
+# what may differ when a run goes on: where things lie (data and tokenizer are known by their
+# hashes), how long it lasts, what it prints, the machine
+MAY_CHANGE = set('data out_dir vq init_from overwrite mask_iters res_iters len_iters vq_iters '
+                 'eval_every vq_eval_every log_every device dtype compile'.split())
+held = []   # open lock files: the system frees them when this process ends, however it ends
+
+
+def hold(folder, name):
+    """Keep every other run that writes <name>*.pt out of the folder, until this process ends.
+    UserError says who is there already."""
+    path = os.path.join(folder, f'.{name}.lock')
+    must_be_writable(path)
+    lock = open(path, 'a+', encoding='utf-8')
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f'{folder} is in use, {lock.read()} writes {name}.pt there: wait for it, '
+                        'or give another --out_dir.') from None
+    except (ImportError, OSError):
+        pass   # Windows, or a file system without locks
+    lock.truncate(0)
+    print(f'process {os.getpid()} on {socket.gethostname()}', end='', file=lock, flush=True)
+    held.append(lock)
+    for left in glob.glob(os.path.join(glob.escape(folder), f'.{name}*.pt.*.tmp')):
+        os.unlink(left)   # of a run that was killed while it saved
+
+
+def open_run(run, folder, kind, config, keys=(), **identity):
+    """The start of a run that writes <kind>.pt and <kind>_last.pt into a folder: hold it, and look
+    at what is there. Returns the checkpoint to go on from with init_from 'resume', None otherwise.
+
+    config: the settings, and identity: hashes of data and tokenizer; checkpoints keep both. keys:
+    what else the one to go on from must have. UserError where it is of another run, and where a run
+    from scratch would replace a checkpoint without --overwrite=True.
+    """
+    if run.main:
+        hold(folder, kind)
+    last, best = (os.path.join(folder, f'{kind}{end}.pt') for end in ('_last', ''))
+    resumes = config.get('init_from') == 'resume'
+    there = last if resumes or os.path.exists(last) else best
+    if not resumes and (config['overwrite'] or not os.path.exists(there)):
+        return None
+
+    keys = ('it', 'model', 'settings', *keys) if resumes else ()
+    checkpoint = load(there, 'leave out --init_from, or give --overwrite=True', kind, keys)
+    was = {**checkpoint, **checkpoint.get('settings', {})}
+    other = ', '.join(f'{key} was {was[key]}, now {value}'
+                      for key, value in {**config, **identity}.items()
+                      if key in was and key not in MAY_CHANGE and was[key] != value)
+    if resumes and not other:
+        return checkpoint
+    date = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(there)))
+    go_on = 'go on with --init_from=resume and its settings, ' if there == last else ''
+    raise UserError(f'{there} is there already, step {checkpoint.get("it", "unknown")} of {date}, '
+                    f'{"of another run: " if other else "of this very run"}{other}; {go_on}give '
+                    'another --out_dir, or replace it: --overwrite=True without --init_from.')
+
+
+class Losses:
+    """The losses of the last steps, on the device: to look at each at once would be to wait for a
+    GPU at each step. They are looked at before anything is saved.
+
+    names: a function from what `add` was given of a batch to its clips' names. hint: what to do
+    about a loss that is not finite.
+    """
+
+    def __init__(self, names, hint):
+        self.names = names
+        self.hint = hint
+        self.waiting = []
+
+    def add(self, step, loss, batch):
+        self.waiting.append((step, loss.detach(), batch))
+
+    def look(self):
+        """The last loss, a mean over ranks. UserError for the first that is not finite."""
+        values = mean_over_ranks(torch.stack([loss for _, loss, _ in self.waiting]))
+        for (step, _, batch), value in zip(self.waiting, values):
+            self.refuse('loss', value, step, batch)
+        self.last = step, batch
+        self.waiting = []
+        return value
+
+    def validated(self, *figures):
+        """UserError where a figure of the validation after the last step is not finite."""
+        for value in figures:
+            self.refuse('validation error', value, *self.last)
+
+    def refuse(self, what, value, step, batch):
+        if not math.isfinite(value):
+            names = list(dict.fromkeys(map(str, self.names(batch))))
+            raise UserError(f'The {what} is {value} at step {step}, and nothing was saved since: '
+                            f'{self.hint}, or look at the clips of that batch, '
+                            f'{", ".join(names[:64])}.')

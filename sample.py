@@ -2,13 +2,18 @@
 
     python sample.py config/toy.py --prompt="a person walks forward, then kicks with the left leg"
     python sample.py config/bandai.py --prompts=prompts.txt --repeats=3   # lines: text, text#frames
+    python sample.py config/toy.py --prompt="a person walks | turns left#60 | sits down"   # in one
+    python sample.py config/toy.py --prompt="a person jumps" --source=walk.npy --edit=0.4:0.7
+    python sample.py config/toy.py --prompt="a person turns" --source=walk.npy --then=sit.npy
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks"
+    python sample.py config/toy.py --prompt="a person jumps" --explain=True   # HGM3's graph, MSD
     python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a clip's MSD, drawn
 
 For every motion, with the prompt in the file name: a GIF to look at (an MP4 too where ffmpeg is
 installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations as .bvh, in centimetres, for
 Blender and its like. Same seed, same motion.
 """
+import math
 import os
 import re
 import sys
@@ -18,17 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import hgm3
 import momask
 import msd
 from bvh import fit_rotations, write_bvh
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, load_meta, load_split
 from detect import describe, parse, passes
-from draw import draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
+from draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
 from fast import keep_memory
 from generate import decoding_of, load_pipeline
-from motion import SKELETONS, features_to_joints, lock_feet
-from runtime import setup
+from motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
+from runtime import must_be_writable, read_array, read_text, setup
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -42,8 +48,12 @@ momask_mask = ''             # checkpoint names there; '' is the only folder t2m
 momask_res = ''
 momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
 prompt = ''
-prompts = ''                 # a file, one prompt a line: text or text#frames
+prompts = ''                 # a file, one prompt a line: text or text#frames, | between parts
+source = ''                  # joints (T, J, 3) as .npy, a motion of this script: change it instead
+edit = ''                    # there, by shares or frames: 0.4:0.7 or 40:80,120:140
+then = ''                    # or go from source's end to this motion's beginning, in length frames
 msd_of = ''                  # draw the MSD of this clip of the data set instead: its name there
+explain = False              # also a picture of the prompt's graph, and of what is hard and complex
 length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
@@ -74,9 +84,10 @@ config = configure(
     dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
-if repeats < 1:
-    raise UserError(f'repeats is {repeats}, expected at least 1.')
 decoding = decoding_of(config)
+if bool(source) != bool(edit or then):
+    raise UserError('Editing needs --source=motion.npy and with it --edit=0.4:0.7 or '
+                    '--then=motion.npy.')
 
 
 def draw_msd_of(name):
@@ -109,27 +120,97 @@ def draw_msd_of(name):
     print(f'written to {path}')
 
 
+def draw_explanation(path, caption, ids, joints):
+    """The prompt's graph, and over time what MSD calls complex in its motion's tokens (n, Q) and
+    the teacher of hard token mining calls hard (HGM3 Figs 4, 5; DynMask Fig 3)."""
+    tags = pipe.tags
+    if tags is None:   # not trained on graphs: the tags of the training captions, if they are here
+        written = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
+        tags = hgm3.tag_table(one['tokens'] for one in written)
+    nodes = [('the sentence', hgm3.MOTION, 'motion')]
+    for text, role in hgm3.graph(hgm3.tagged(caption, tags)):
+        edge = 'action' if role == hgm3.ACTION else hgm3.EDGES[role - hgm3.FIRST_EDGE]
+        nodes.append((text, min(role, 3), edge))
+
+    base = ids[None, :, 0]
+    everything = torch.ones_like(base, dtype=torch.bool)
+    f, _ = msd.spectrum(base, msd.gram(pipe.vq.quantizers[0].codebook), everything)
+    omega = msd.zscore(msd.complexity(f), everything)[0].cpu()
+    hard = None
+    if pipe.teacher:
+        c, c_valid = pipe.condition([caption])
+        hard = pipe.teacher(base, c.to(pipe.device), c_valid.to(pipe.device), everything)
+        hard = msd.zscore(hard, everything)[0].detach().cpu()
+    draw_explained(path, caption, nodes, joints, omega, hard, fps)
+
+
+def read_parts(line, where):
+    """'text | text#frames' -> [(text, frames)], the parts of one motion; frames 0 where the length
+    estimator shall choose."""
+    parts = []
+    for part in line.split('|'):
+        words, mark, frames = part.partition('#')
+        if mark and not re.fullmatch(r'\s*[0-9]{1,5}\s*', frames):
+            raise UserError(f"{where}: '{frames:.60}' behind # is not a number of frames; expected "
+                            'text#frames.')
+        if not re.search(r'\w', words):
+            raise UserError(f'{where}: the prompt is empty: give --prompt="a person walks forward" '
+                            'or --prompts=file.txt.')
+        parts.append((words.strip(), int(frames) if mark else length))
+    return parts
+
+
 def read_prompts():
-    """-> [(text, frames)], frames 0 where the length estimator shall choose."""
-    jobs = [(prompt, length)] if prompt else []
-    if prompts and not os.path.exists(prompts):
-        raise UserError(f'{prompts} does not exist: expected a text file with one prompt a line, '
-                        'as text or text#frames.')
-    lines = []
+    """-> a list of motions, each a list of parts."""
+    jobs = [read_parts(prompt, '--prompt')] if prompt or not prompts else []
     if prompts:
-        with open(prompts, encoding='utf-8') as f:
-            lines = f.read().splitlines()
-    for number, line in enumerate(lines, 1):
-        words, mark, frames = line.partition('#')
-        if mark and not frames.strip().isdigit():
-            raise UserError(f"{prompts}, line {number}: '{frames}' behind # is not a number of "
-                            'frames; expected text#frames.')
-        if words.strip():
-            jobs.append((words.strip(), int(frames) if mark else length))
-    if not jobs or not all(re.search(r'\w', words) for words, _ in jobs):
-        raise UserError('The prompt is empty: give --prompt="a person walks forward" or '
-                        '--prompts=file.txt.')
+        lines = read_text(prompts, 'expected a text file with one prompt a line, as text or '
+                                   'text#frames').splitlines()
+        jobs += [read_parts(line, f'{prompts}, line {number}')
+                 for number, line in enumerate(lines, 1) if line.strip()]
     return jobs
+
+
+def read_motion(path):
+    """Joints (T, J, 3) of this data set's skeleton, unit and fps -> tokens (T // 4, Q)."""
+    joints = read_array(path, 'expected joints (T, J, 3) as .npy')
+    expected = (pipe.meta['n_joints'], 3)
+    if joints.shape[1:] != expected or len(joints) <= FRAMES_PER_TOKEN:
+        raise UserError(f'{path} has shape {joints.shape}, expected (T, {expected[0]}, 3) with more '
+                        f'than {FRAMES_PER_TOKEN} frames.')
+    joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up a frame
+    features = joints_to_features(joints, SKELETONS[pipe.meta['skeleton']],
+                                  contact_threshold=pipe.meta.get('contact_threshold'),
+                                  steady=pipe.meta.get('steady', False))
+    return pipe.encode(features.astype(np.float32))
+
+
+def read_spans(text, n):
+    """'0.4:0.7' or '40:80,120:140' of a motion of n tokens -> [(first, end)] in tokens."""
+    spans = []
+    for span in text.split(','):
+        match = re.fullmatch(r'([\d.]+):([\d.]+)', span.strip())
+        if not match:
+            raise UserError(f"edit is '{text}', expected shares or frames like 0.4:0.7 or 40:80.")
+        shares = '.' in span
+        ends = [float(x) * (n if shares else 1 / FRAMES_PER_TOKEN) for x in match.groups()]
+        first, end = math.floor(ends[0]), math.ceil(ends[1])
+        if not 0 <= first < end <= n:
+            raise UserError(f"edit is '{span}', which is no part of {n * FRAMES_PER_TOKEN} frames.")
+        spans.append((first, end))
+    return spans
+
+
+def edited(text, frames, seed):
+    """Tokens (n, Q) of `source`, changed where `edit` says or led over to `then`."""
+    ids = read_motion(source)
+    spans = read_spans(edit, len(ids)) if edit else []
+    if then:
+        following = read_motion(then)
+        wanted = frames // FRAMES_PER_TOKEN or 10
+        spans.append((len(ids), len(ids) + wanted))
+        ids = torch.cat([ids, ids[-1:].expand(wanted, -1), following])
+    return pipe.edit(ids, spans, text, seed, **decoding)
 
 
 if msd_of:
@@ -143,32 +224,48 @@ if init_from == 'momask':
                            run.device)
 else:
     pipe = load_pipeline(out_dir, run.device, mask_file)
+folder = samples_dir or os.path.join(out_dir, 'samples')
+must_be_writable(os.path.join(folder, 'grid.gif'))
 longest, fps = pipe.meta['max_frames'], pipe.meta['fps']
-for words, frames in jobs:
+for words, frames in (part for job in jobs for part in job):
     if frames and not FRAMES_PER_TOKEN <= frames <= longest:
         raise UserError(f"The length of '{words}' is {frames} frames, expected 4 to {longest} "
                         f'({longest / fps:.1f} s at {fps} fps), or 0 to let the length estimator '
-                        'choose.')
+                        'choose; longer motion is made of parts: --prompt="walk | turn | sit".')
 
-# text and lengths
-jobs = [job for job in jobs for _ in range(repeats)]
-captions = [words for words, _ in jobs]
-c, c_valid = pipe.condition(captions, os.path.join(out_dir, 'text'))
-n = torch.tensor([frames // FRAMES_PER_TOKEN for _, frames in jobs])
-if not n.all():
-    n = torch.where(n > 0, n, pipe.lengths(c, c_valid, seed).cpu())
+
+def generated(jobs):
+    """Motions in parts -> their tokens, a list of (n, Q): all parts at once, then joined."""
+    parts = [part for job in jobs for part in job]
+    texts = [words for words, _ in parts]
+    c, c_valid = pipe.condition(texts, os.path.join(out_dir, 'text'))
+    n = torch.tensor([frames // FRAMES_PER_TOKEN for _, frames in parts])
+    if not n.all():
+        n = torch.where(n > 0, n, pipe.lengths(c, c_valid, seed).cpu())
+    tokens = []
+    for i in range(0, len(parts), 64):
+        part = slice(i, i + 64)
+        ids = pipe.generate(c[part], c_valid[part], n[part], seed + i, **decoding)
+        tokens += [row[:k] for row, k in zip(ids, n[part].tolist())]
+    motions = []
+    for job in jobs:
+        own, tokens = tokens[:len(job)], tokens[len(job):]
+        motions.append(pipe.join(own, [words for words, _ in job], seed, **decoding))
+    return motions
+
 
 # motion
 clock = time.perf_counter()
-motions = []
-for i in range(0, len(jobs), 64):
-    part = slice(i, i + 64)
-    with run.autocast():
-        ids = pipe.generate(c[part], c_valid[part], n[part], seed + i, **decoding)
-    motions += pipe.features(ids, n[part])
-print(f'{len(jobs)} motions, {FRAMES_PER_TOKEN * int(n.sum())} frames, generated in '
+jobs = [job for job in jobs for _ in range(repeats)]
+captions = [' | '.join(words for words, _ in job) for job in jobs]
+with run.autocast():
+    if source:
+        tokens = [edited(*job[0], seed + i) for i, job in enumerate(jobs)]
+    else:
+        tokens = generated(jobs)
+motions = [pipe.features(ids[None], torch.tensor([len(ids)]))[0] for ids in tokens]
+print(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')
-
 
 
 def report(caption, joints):
@@ -184,8 +281,6 @@ def report(caption, joints):
 
 
 # files
-folder = samples_dir or os.path.join(out_dir, 'samples')
-os.makedirs(folder, exist_ok=True)
 skeleton = SKELETONS[pipe.meta['skeleton']]
 mark = '_footlock' if footlock else ''
 drawn = []
@@ -203,6 +298,8 @@ for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     suffixes = 'gif, bvh, npy, png'
     if gif_to_mp4(name + '.gif'):
         suffixes += ', mp4'
+    if explain:
+        draw_explanation(name + '_explained.png', captions[i], tokens[i], joints)
     drawn.append((captions[i], joints))
 if pipe.meta['name'] == 'toy':
     verdicts = [report(caption, joints) for caption, joints in drawn]
