@@ -2,6 +2,8 @@
 
 Left limbs are blue, right ones red, the way of the root is yellow. Pictures are uint8 (h, w, 3).
 """
+import shutil
+import subprocess
 import textwrap
 
 import numpy as np
@@ -257,3 +259,13 @@ def draw_explained(path, caption, nodes, joints, omega, hard, fps):
     curve.set(xlim=(0, len(omega) * seconds), xlabel='seconds', ylabel='z-score')
     curve.legend()
     figure.savefig(path)
+
+
+def gif_to_mp4(path):
+    """x.gif -> x.mp4 beside it, by ffmpeg; False where there is none, or it cannot."""
+    if not shutil.which('ffmpeg'):
+        return False
+    even = 'crop=trunc(iw/2)*2:trunc(ih/2)*2'   # players want even sizes
+    command = ['ffmpeg', '-y', '-i', path, '-vf', even, '-pix_fmt', 'yuv420p',
+               path.removesuffix('.gif') + '.mp4']
+    return not subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode

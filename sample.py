@@ -9,8 +9,9 @@
     python sample.py config/toy.py --prompt="a person jumps" --explain=True   # HGM3's graph, MSD
     python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a clip's MSD, drawn
 
-For every motion: a GIF to look at and joints (T, J, 3) as .npy, with the prompt in the file name.
-Same seed, same motion.
+For every motion, with the prompt in the file name: a GIF to look at (an MP4 too where ffmpeg is
+installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations as .bvh, in centimetres, for
+Blender and its like. Same seed, same motion.
 """
 import math
 import os
@@ -25,13 +26,14 @@ from tqdm import tqdm
 import hgm3
 import momask
 import msd
+from bvh import fit_rotations, write_bvh
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, load_meta, load_split
 from detect import describe, parse, passes
-from draw import draw_explained, draw_gif, draw_grid, draw_msd
+from draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
 from fast import keep_memory
 from generate import decoding_of, load_pipeline
-from motion import SKELETONS, features_to_joints, joints_to_features
+from motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
 from runtime import must_be_writable, read_array, read_text, setup
 from vq import load_tokenizer
 
@@ -56,6 +58,7 @@ length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
 samples_dir = ''             # '' is <out_dir>/samples
+footlock = False             # hold standing feet still: post-processing, *_footlock.* says so
 # decoding
 steps = 10
 cond_scale = 4.0             # guidance of the base tokens (KIT 2)
@@ -278,13 +281,23 @@ def report(caption, joints):
 
 
 # files
+skeleton = SKELETONS[pipe.meta['skeleton']]
+mark = '_footlock' if footlock else ''
 drawn = []
 for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     joints = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit
     slug = re.sub(r'\W+', '-', captions[i].lower()).strip('-')[:80]
-    name = os.path.join(folder, f'{i:03d}_{slug}')
+    name = os.path.join(folder, f'{i:03d}_{slug}{mark}')
+    if footlock:
+        _, _, joints = fit_rotations(joints, skeleton)   # bones of constant length
+        joints = lock_feet(joints, skeleton, fps).astype(np.float32)
     np.save(name + '.npy', joints)
+    write_bvh(name + '.bvh', joints, skeleton, fps)
+    draw_strip(joints, name + '.png', captions[i])
     draw_gif(joints, name + '.gif', captions[i], fps)
+    suffixes = 'gif, bvh, npy, png'
+    if gif_to_mp4(name + '.gif'):
+        suffixes += ', mp4'
     if explain:
         draw_explanation(name + '_explained.png', captions[i], tokens[i], joints)
     drawn.append((captions[i], joints))
@@ -294,6 +307,6 @@ if pipe.meta['name'] == 'toy':
     print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
 others = ''
 if len(drawn) > 1:
-    draw_grid(drawn[:9], os.path.join(folder, 'grid.gif'))
-    others = ' and others, the first nine side by side in grid.gif'
-print(f'written to {folder}/: {os.path.basename(name)}.gif{others}')
+    draw_grid(drawn[:9], os.path.join(folder, f'grid{mark}.gif'))
+    others = f' and others, the first nine side by side in grid{mark}.gif'
+print(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')

@@ -17,6 +17,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.spatial.transform import Rotation
 
 from configurator import HERE
+from motion import two_bone, unit
 
 FPS = 20
 MIN_FRAMES, MAX_FRAMES = 40, 196
@@ -32,6 +33,7 @@ LANGUAGE = json.loads(Path(HERE, 'config', 'toy_language.json').read_text())
 # The body's sizes, as in HumanML3D's default skeleton, rounded. Vectors are (left, up, forward).
 THIGH, SHIN, UPPER_ARM, FOREARM = 0.385, 0.43, 0.257, 0.266
 LEG_REACH = 0.995 * (THIGH + SHIN)  # a leg never straightens completely
+STRETCH = 0.999                     # nor does a limb of inverse kinematics
 SPREAD = 0.085                      # half the distance between the feet
 FOOT_LENGTH, TOE_Y = 0.125, 0.02
 HEEL = [0, 0.055, -FOOT_LENGTH]     # toe to ankle
@@ -61,11 +63,6 @@ def rotation(yaw, pitch=0.0):
 def smooth(x, sigma):
     """Gaussian low-pass along axis 0, sigma in seconds, ends held."""
     return ndimage.gaussian_filter1d(x, sigma * FPS, axis=0, mode='nearest')
-
-
-def unit(x):
-    length = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.maximum(length, 1e-9)
 
 
 def beside(place, ahead=0.0, left=0.0):
@@ -372,20 +369,6 @@ def play(curves, times):
     return {name: spline(60.0 * minute + times) for minute, name in enumerate(curves)}
 
 
-def two_bone(root, target, a, b, pole):
-    """Bones of lengths a and b from root towards target (..., 3), bending towards pole -> middle
-    joint, end joint. A target out of reach is pulled in, so bones keep their lengths."""
-    way = target - root
-    line = unit(way)
-    distance = np.linalg.norm(way, axis=-1, keepdims=True)
-    distance = distance.clip(0.1, 0.999 * (a + b))
-    along = (a * a - b * b + distance * distance) / (2 * distance)
-    aside = np.sqrt(np.maximum(a * a - along * along, 0))
-    across = unit(pole - line * (pole * line).sum(-1, keepdims=True))
-    middle = root + along * line + aside * across
-    return middle, root + distance * line
-
-
 def body(plan, n_frames):
     """Plan -> joints (T, 22, 3) float32."""
     times = np.arange(n_frames) / FPS
@@ -432,7 +415,7 @@ def body(plan, n_frames):
 
     hip = joints[[L_HIP, R_HIP]]
     pole = np.cross(unit(ankle - hip), pelvis[..., 0])  # knees bend forward of the leg
-    knee, ankle = two_bone(hip, ankle, THIGH, SHIN, pole)
+    knee, ankle = two_bone(hip, ankle, THIGH, SHIN, pole, STRETCH)
     joints[[L_KNEE, R_KNEE]] = knee
     joints[[L_ANKLE, R_ANKLE]] = ankle
     joints[[L_TOE, R_TOE]] = ankle - heel
@@ -446,7 +429,7 @@ def body(plan, n_frames):
     arm = np.einsum('tij,jst->sti', chest, arm)
     pole = np.array([chest @ [out, -0.6, -0.6] for out in 0.5 * LEFTWARD])
     shoulder = joints[[L_SHOULDER, R_SHOULDER]]
-    elbow, wrist = two_bone(shoulder, shoulder + arm, UPPER_ARM, FOREARM, pole)
+    elbow, wrist = two_bone(shoulder, shoulder + arm, UPPER_ARM, FOREARM, pole, STRETCH)
     joints[[L_ELBOW, R_ELBOW]] = elbow
     joints[[L_WRIST, R_WRIST]] = wrist
 
