@@ -157,13 +157,16 @@ def test_the_whole_chain(folder):
     command = ['sample.py', CONFIG, '--prompt=a person walks 3 steps', '--length=44']
     assert 'written to a/' in run(folder, *command, '--samples_dir=a', launcher=PYTHON)
     run(folder, *command, '--samples_dir=b')
-    assert os.path.exists(folder / 'a' / '000_a-person-walks-3-steps.gif')
+    assert {'000_a-person-walks-3-steps' + suffix for suffix in ('.gif', '.png', '.npy', '.bvh')
+            } <= set(os.listdir(folder / 'a'))
     a, = motions(folder, 'a')
     b, = motions(folder, 'b')
     assert a.shape == (44, 22, 3) and np.array_equal(a, b)
 
     (folder / 'prompts.txt').write_text('a person walks#8\na person walks 2 steps\n')
-    run(folder, 'sample.py', CONFIG, '--prompts=prompts.txt', '--repeats=2', '--samples_dir=c')
+    run(folder, 'sample.py', CONFIG, '--prompts=prompts.txt', '--repeats=2', '--samples_dir=c',
+        '--footlock=True')
+    assert all('_footlock.' in name for name in os.listdir(folder / 'c'))
     lengths = [len(motion) for motion in motions(folder, 'c')]
     assert lengths[:2] == [8, 8] and len(lengths) == 4
     assert all(4 <= n <= 80 for n in lengths)
