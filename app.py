@@ -130,13 +130,14 @@ def motion_of(ids, text, caption):
 
 
 def chosen():
+    """Which of the shown motions the menu names."""
     if not shown:
         raise UserError('There is no motion yet: press Generate first.')
-    return shown[int(motion_menu.value) - 1]
+    return int(motion_menu.value) - 1
 
 
 def span():
-    """The selected part of the timeline, in tokens."""
+    """The selected part of the timeline in tokens, (first, end)."""
     first, end = span_slider.value
     return first // FRAMES_PER_TOKEN, end // FRAMES_PER_TOKEN
 
@@ -205,13 +206,12 @@ def strip(number, motion):
     """A motion's caption, below it its complexity Omega(t) (Eq 8) token by token, dark to bright.
     The shown frame is black; what a selected span leaves out is pale."""
     first, end = span()
-    selected = end > first and number == int(motion_menu.value)
     n = len(motion.colours)
     stops = []
     for t, colour in enumerate(motion.colours):
         if t == frame_slider.value // FRAMES_PER_TOKEN:
             colour = 'black'
-        elif selected and not first <= t < end:
+        elif number == int(motion_menu.value) and not first <= t < end:
             colour += '40'                                   # a quarter of its opacity
         stops.append(f'{colour} {t / n:.2%} {(t + 1) / n:.2%}')
     width = len(motion.joints) / frame_slider.max
@@ -311,23 +311,25 @@ def generate(_):
     text = text_in(prompt_box)
     tokens = drawn(text, variants_slider.value)
     shown[:] = [motion_of(ids, text, text) for ids in tokens]
-    span_slider.value = (0, 0)
     aim(stage())
+    span_slider.value = (0, span_slider.max)
     return f'First frame after {time.perf_counter() - start:.2f} s.'
 
 
 @edit_button.on_click
 @action
 def regenerate(_):
-    motion = chosen()
+    i = chosen()
+    motion = shown[i]
     text = text_in(change_box)
     first, end = span()
+    end = min(end, len(motion.ids))
     frames = f'frames {first * FRAMES_PER_TOKEN} to {end * FRAMES_PER_TOKEN}'
-    if not first < end <= len(motion.ids):
-        raise UserError(f'The span is {frames} of {len(motion.joints)}: drag the ends of the span '
+    if first >= end:
+        raise UserError(f'The span is {frames} of {len(motion.joints)}: drag the ends of its '
                         'slider around what shall change.')
     ids = pipe.edit(motion.ids, [(first, end)], text, seed_box.value, **decoding())
-    shown[shown.index(motion)] = motion_of(ids, motion.text, f'{motion.caption}, {frames}: {text}')
+    shown[i] = motion_of(ids, motion.text, f'{motion.caption}, {frames}: {text}')
     stage()
     return f'Only {frames} are new.'
 
@@ -335,11 +337,12 @@ def regenerate(_):
 @append_button.on_click
 @action
 def append(_):
-    motion = chosen()
+    i = chosen()
+    motion = shown[i]
     text = text_in(change_box)
     new, = drawn(text, 1)
     ids = pipe.join([motion.ids, new], [motion.text, text], seed_box.value, **decoding())
-    shown[shown.index(motion)] = motion_of(ids, text, f'{motion.caption} | {text}')
+    shown[i] = motion_of(ids, text, f'{motion.caption} | {text}')
     aim(stage())
     return f'{len(new) * FRAMES_PER_TOKEN} frames more.'
 
@@ -347,7 +350,7 @@ def append(_):
 @save_buttons.on_click
 @action
 def save(event):
-    motion = chosen()
+    motion = shown[chosen()]
     kind = save_buttons.value
     name = re.sub(r'\W+', '-', motion.caption.lower())[:80] + f'.{kind.lower()}'
     event.client.send_file_download(name, file_of(motion, kind), save_immediately=True)
