@@ -262,3 +262,36 @@ def draw_msd(path, title, joints, phi, omega, fps):
     curve.step(middle, omega, where='mid')
     curve.set(xlim=(0, n * seconds), ylim=(0, None), ylabel='$\\Omega(t)$, Eq 8', xlabel='seconds')
     figure.savefig(path)
+
+
+def draw_explained(path, caption, nodes, joints, omega, hard, fps):
+    """What HGM3 and DynMask make of one prompt and its motion (T, J, 3): the caption's graph, nodes
+    [(text, level, edge)]; poses; below them, token by token, MSD's complexity omega (n,) and what
+    the teacher finds hard (n,), z-scored, or None."""
+    figure = Figure(figsize=(11, 7), dpi=110, layout='constrained')
+    tree, poses, curve = figure.subplots(3, 1, height_ratios=(1.6, 2.0, 1.3))
+    tree.set_title(caption, fontsize=10, parse_math=False)
+    tree.set(xlim=(0, 1), ylim=(0, 1))
+    tree.axis('off')
+    box = dict(boxstyle='round', facecolor='white', edgecolor='grey')
+    latest = {}   # the last node of each level: what hangs below it follows it
+    for i, (text, level, edge) in enumerate(nodes):
+        x = 0.5 if level == 1 else i / len(nodes)
+        y = 1.2 - level / 3
+        if level > 1:
+            parent = latest[level - 1]
+            tree.plot([parent[0], x], [parent[1], y], color='grey', zorder=1)
+        latest[level] = (x, y)
+        tree.text(x, y, f'{textwrap.fill(text, 16)}\n{edge}', fontsize=9, ha='center',
+                  va='center', bbox=box, parse_math=False)
+
+    poses.imshow(draw_strip(joints, None, '', 10))
+    poses.axis('off')
+    seconds = 4 / fps  # of a token
+    middle = (np.arange(len(omega)) + 0.5) * seconds
+    curve.step(middle, omega, where='mid', label='complex: $\\Omega(t)$ of DynMask')
+    if hard is not None:
+        curve.step(middle, hard, where='mid', label='hard: the teacher of HGM3')
+    curve.set(xlim=(0, len(omega) * seconds), xlabel='seconds', ylabel='z-score')
+    curve.legend()
+    figure.savefig(path)

@@ -16,7 +16,7 @@ import hgm3
 import msd
 from configurator import UserError
 from data import FRAMES_PER_TOKEN
-from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
+from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
 from runtime import load, load_named
 from text import condition
@@ -187,6 +187,7 @@ class Pipeline:
         self.tags = tags       # graph: each word's part of speech
         self.meta = meta
         self.val = None        # the masked transformer's validation cross-entropy
+        self.teacher = None    # HGM3's, which says what is hard
         self.device = device
         self.n_max = meta['max_frames'] // FRAMES_PER_TOKEN
 
@@ -252,7 +253,9 @@ class Pipeline:
             for a, b in inside:
                 known[a - first:b - first] = -1
             n = torch.tensor([end - first])
-            ids[first:end] = self.generate(c, c_valid, n, seed, known[None], **decoding)[0]
+            made = self.generate(c, c_valid, n, seed, known[None], **decoding)[0]
+            ids = ids[:, :made.shape[-1]]   # as many layers as are generated
+            ids[first:end] = made
         return ids
 
     def window(self, n, first, end):
@@ -326,4 +329,7 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
                     settings['text_encoder'], checkpoint['meta'], device, settings['text'],
                     checkpoint.get('tags'))
     pipe.val = checkpoint['val']
+    if checkpoint.get('teacher'):
+        pipe.teacher = LossPredictor(ModelConfig(**checkpoint['config'])).to(device).eval()
+        pipe.teacher.load_state_dict(checkpoint['teacher'])
     return pipe

@@ -229,10 +229,11 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     offsets (J, 3): retarget to the body with these rest-pose offsets first (`bone_offsets`).
     contact_threshold: squared displacement under which a foot counts as standing (default: the
     skeleton's). The last frame is used up by velocities.
-    steady: smooth the heading as an angle instead of as a vector. The field's smoothed vector
-    vanishes in the middle of a spin, where the root frame then flips within one frame, and its
-    first heading is set to 0 whatever the next ones are: jumps of up to half a turn, which a model
-    must get right to the degree. The joints that come back are the same.
+    steady: two things that the field's features get wrong around turns; the joints that come back
+    are the same. Its smoothed facing vector vanishes in the middle of a spin, where the root frame
+    then flips within one frame, and its first heading is 0 whatever the next ones are: steady
+    smooths the heading as an angle. Its rotations are taken in the world, so that after a turn the
+    same pose has other ones (on toy 7 std away): steady takes them in the root frame.
     Raises ValueError for a wrong shape, fewer than 2 frames or numbers that are not finite.
     """
     joints = np.asarray(joints, dtype=np.float64)
@@ -254,16 +255,20 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     step = np.diff(joints, axis=0)
     root_velocity = _turn(step[:, 0], -yaw[1:])
     below_root = joints[:, :1] * [1, 0, 1]
-    positions = _turn(joints - below_root, -yaw[:, None])[:-1]
+    in_root_frame = _turn(joints - below_root, -yaw[:, None])
+    if steady:
+        rotations = _rotations(in_root_frame, skeleton, np.zeros_like(yaw))
+    else:
+        rotations = _rotations(joints, skeleton, yaw)
     velocities = _turn(step, -yaw[:-1, None])
     moved = (step[:, skeleton.feet] ** 2).sum(-1)
     n = len(step)
     return np.concatenate([
         -np.diff(yaw)[:, None] / 2,
         root_velocity[:, [0, 2]],
-        positions[:, 0, 1:2],
-        positions[:, 1:].reshape(n, -1),
-        _rotations(joints, skeleton, yaw)[:-1].reshape(n, -1),
+        in_root_frame[:-1, 0, 1:2],
+        in_root_frame[:-1, 1:].reshape(n, -1),
+        rotations[:-1].reshape(n, -1),
         velocities.reshape(n, -1),
         moved < contact_threshold,
     ], -1)

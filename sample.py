@@ -6,6 +6,7 @@
     python sample.py config/toy.py --prompt="a person jumps" --source=walk.npy --edit=0.4:0.7
     python sample.py config/toy.py --prompt="a person turns" --source=walk.npy --then=sit.npy
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks"
+    python sample.py config/toy.py --prompt="a person jumps" --explain=True   # HGM3's graph, MSD
     python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a clip's MSD, drawn
 
 For every motion: a GIF to look at and joints (T, J, 3) as .npy, with the prompt in the file name.
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import hgm3
 import momask
 import msd
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, load_meta, load_split
 from detect import describe, parse, passes
-from draw import draw_gif, draw_grid, draw_msd
+from draw import draw_explained, draw_gif, draw_grid, draw_msd
 from fast import keep_memory
 from generate import decoding_of, load_pipeline
 from motion import SKELETONS, features_to_joints, joints_to_features
@@ -49,6 +51,7 @@ source = ''                  # joints (T, J, 3) as .npy, a motion of this script
 edit = ''                    # there, by shares or frames: 0.4:0.7 or 40:80,120:140
 then = ''                    # or go from source's end to this motion's beginning, in length frames
 msd_of = ''                  # draw the MSD of this clip of the data set instead: its name there
+explain = False              # also a picture of the prompt's graph, and of what is hard and complex
 length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
@@ -114,6 +117,30 @@ def draw_msd_of(name):
     path = os.path.join(out_dir, f'msd_{name}.png')
     draw_msd(path, title, joints, phi[0].numpy(), omega[0].numpy(), meta['fps'])
     print(f'written to {path}')
+
+
+def draw_explanation(path, caption, ids, joints):
+    """The prompt's graph, and over time what MSD calls complex in its motion's tokens (n, Q) and
+    the teacher of hard token mining calls hard (HGM3 Figs 4, 5; DynMask Fig 3)."""
+    tags = pipe.tags
+    if tags is None:   # not trained on graphs: the tags of the training captions, if they are here
+        written = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
+        tags = hgm3.tag_table(one['tokens'] for one in written)
+    nodes = [('the sentence', hgm3.MOTION, 'motion')]
+    for text, role in hgm3.graph(hgm3.tagged(caption, tags)):
+        edge = 'action' if role == hgm3.ACTION else hgm3.EDGES[role - hgm3.FIRST_EDGE]
+        nodes.append((text, min(role, 3), edge))
+
+    base = ids[None, :, 0]
+    everything = torch.ones_like(base, dtype=torch.bool)
+    f, _ = msd.spectrum(base, msd.gram(pipe.vq.quantizers[0].codebook), everything)
+    omega = msd.zscore(msd.complexity(f), everything)[0].cpu()
+    hard = None
+    if pipe.teacher:
+        c, c_valid = pipe.condition([caption])
+        hard = pipe.teacher(base, c.to(pipe.device), c_valid.to(pipe.device), everything)
+        hard = msd.zscore(hard, everything)[0].detach().cpu()
+    draw_explained(path, caption, nodes, joints, omega, hard, fps)
 
 
 def read_parts(line, where):
@@ -264,6 +291,8 @@ for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     name = os.path.join(folder, f'{i:03d}_{slug}')
     np.save(name + '.npy', joints)
     draw_gif(joints, name + '.gif', captions[i], fps)
+    if explain:
+        draw_explanation(name + '_explained.png', captions[i], tokens[i], joints)
     drawn.append((captions[i], joints))
 if pipe.meta['name'] == 'toy':
     verdicts = [report(caption, joints) for caption, joints in drawn]

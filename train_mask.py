@@ -271,7 +271,7 @@ def checkpoint(name, **more):
     if run.main:
         saved = dict(kind=stage, config=shape and asdict(shape), model=model.state_dict(),
                      settings=config, meta=meta, vq=os.path.abspath(vq), vq_hash=vq_hash, tags=tags,
-                     **more)
+                     teacher=miner and miner.teacher.state_dict(), **more)
         save(saved, os.path.join(out_dir, name))
 
 

@@ -702,6 +702,60 @@ def test_number_of_residual_layers(small):
         pipe.lengths(c, c_valid)
 
 
+class TestEditing:
+    @pytest.fixture
+    def pipe(self, small):
+        m, r, *_ = small
+        return Pipeline(small_vq(n_codes=20, n_quantizers=4), m, r, None, 'hash',
+                        dict(max_frames=48))
+
+    def test_only_the_span_changes(self, pipe):
+        ids = torch.randint(20, (12, 4))
+        spans = [(2, 4), (8, 12)]
+        inside = torch.tensor([2, 3, 8, 9, 10, 11])
+        made = pipe.edit(ids, spans, 'a person jumps', seed=1)
+        changed = (made != ids).any(-1).nonzero()[:, 0]
+        assert len(changed) and set(changed.tolist()) <= set(inside.tolist())
+        assert 0 <= made.min() and made.max() < 20
+        assert not torch.equal(made, pipe.edit(ids, spans, 'a person jumps', seed=2))
+        base = pipe.edit(ids, spans, 'a person jumps', res_layers=0)
+        assert base.shape == (12, 1)
+
+    def test_everything_known_stays(self, pipe, small):
+        *_, c, c_valid, n, valid = small
+        known = torch.randint(20, (4, 12, 4))
+        ids = pipe.generate(c, c_valid, n, known=known)
+        assert torch.equal(ids[valid], known[valid])
+        nothing = torch.full_like(known, -1)
+        assert torch.equal(pipe.generate(c, c_valid, n, known=nothing),
+                           pipe.generate(c, c_valid, n))
+
+    def test_the_text_decides(self, pipe):
+        ids = torch.randint(20, (12, 4))
+        jumps, kicks = (pipe.edit(ids, [(0, 12)], text, top_share=0.05, res_layers=0,
+                                  cond_scale=20.0) for text in ('a person jumps', 'he kicks'))
+        assert not torch.equal(jumps, kicks)
+
+    def test_longer_than_the_model(self, pipe):
+        ids = torch.randint(20, (60, 4))
+        made = pipe.edit(ids, [(1, 3), (30, 36), (59, 60)], 'a person jumps')
+        outside = [*range(1), *range(3, 30), *range(36, 59)]
+        assert torch.equal(made[outside], ids[outside])
+        with pytest.raises(UserError, match='48 frames are to be filled in one piece'):
+            pipe.edit(ids, [(10, 22)], 'a person jumps')
+
+    def test_join(self, pipe):
+        parts = [torch.randint(20, (n, 4)) for n in (9, 1, 30, 12)]
+        texts = ['walks', 'jumps', 'sits', 'bows']
+        made = pipe.join(parts, texts, overlap=2)
+        plain = torch.cat(parts)
+        kept = [*range(7), *range(12, 38), *range(42, 52)]
+        assert made.shape == plain.shape
+        assert torch.equal(made[kept], plain[kept])
+        assert not torch.equal(made, plain)
+        assert torch.equal(pipe.join(parts[:1], texts[:1]), parts[0])
+
+
 def test_one_graph_for_all_steps_and_lengths():
     """Hot paths compile without graph breaks, and a new length within one padded width is no new
     graph."""

@@ -117,6 +117,23 @@ def test_features_do_not_depend_on_where_the_body_stands(angle):
 
 
 @pytest.mark.parametrize('steady', [False, True])
+def test_a_pose_has_the_same_features_after_a_turn(steady):
+    """The field's rotations know which way the body faced at first; steady ones do not."""
+    pose = body(2)[0]
+    pose[:, [0, 2]] -= pose[0, [0, 2]]
+    turn = np.pi / 2 * np.clip((np.arange(200) - 60) / 80, 0, 1)
+    joints = motion._turn(np.repeat(pose[None], 200, 0), turn[:, None])
+    features = joints_to_features(joints, SMPL, steady=steady)
+    before, after = features[5], features[190]
+    rotations = slice(67, 193)
+    assert np.allclose(np.delete(before, np.r_[rotations]), np.delete(after, np.r_[rotations]),
+                       atol=1e-3)
+    assert np.allclose(before[rotations], after[rotations], atol=0.01) == steady
+    field = joints_to_features(joints, SMPL)
+    assert np.allclose(features_to_joints(features, 22), features_to_joints(field, 22), atol=1e-3)
+
+
+@pytest.mark.parametrize('steady', [False, True])
 def test_a_body_that_faces_exactly_backwards(steady):
     """Half a turn to Z+ has no shortest way: it must still be one about Y."""
     rest = SMPL.raw_offsets * 0.25
