@@ -1,14 +1,16 @@
 """Prompts in, motion out, in the browser: side by side in 3D, a span of one made anew.
 
-    make app                                                     # installs viser, then the next line
+    make app                     # installs viser, then the next line
     python app.py config/toy.py
     python app.py --init_from=momask --momask_root=checkpoints
 
 The page is for this machine alone unless --host says otherwise. Same seed, same motion.
 """
+import contextlib
 import html
 import os
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -22,15 +24,15 @@ import momask
 import msd
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN
-from draw import HEAD, LIMB, SIDE_COLOURS, draw_gif
+from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
 from fast import keep_memory
-from generate import decoding_of, load_pipeline
+from generate import load_pipeline
 from motion import SKELETONS, features_to_joints
 from runtime import setup
 
 # -----------------------------------------------------------------------------
 host = '127.0.0.1'           # '0.0.0.0' shows the page to the whole network
-port = 8080                  # or the next one that is free
+port = 8080                  # 0 takes one that is free
 examples = 'config/demo_prompts.txt'     # a file, one prompt a line
 data = 'toy'
 out_dir = ''                 # where the checkpoints are, '' is out/<data>
@@ -41,41 +43,35 @@ momask_data = 't2m'          # 't2m' | 'kit'
 momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
 momask_res = ''
 momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
-# decoding: what the page does not ask for, and where it begins
+# where the page begins
 seed = 0
 steps = 10
 cond_scale = 4.0             # guidance of the base tokens (KIT 2)
+# decoding, what the page does not ask for
 res_scale = 5.0              # guidance of the residual tokens
-top_share = 0.1              # base tokens are drawn from this share of the codes
-temperature = 1.0            # T_global of Eq 18
-anneal = 0.0                 # T_global falls by this share over the steps
-res_temperature = 1.0
-res_layers = -1              # residual layers to add; -1 is all
 das_sampling = False         # (III) of Table 4, 3.6: complexity-aware decoding
-lambda_D = 0.5               # Eq 15
-beta = 0.5                   # Eq 18
-sigma_max = 0.5              # Eq 19
-msd_decode = 'kept'          # MSD of the 'kept' tokens | of the full 'guess'
-motion_steps = 2             # HGM3 (--text=graph): steps that hear of the motion node alone
-action_steps = 5             # and up to this one of actions too
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-config = configure(
-    globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
-    momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'), device=('auto', 'cpu', 'cuda'),
-    dtype=('auto', 'bfloat16', 'float32'))
+configure(globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
+          momask_text=('clip', 'hash'), device=('auto', 'cpu', 'cuda'),
+          dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 try:
-    import trimesh
     import viser
 except ImportError:
     raise UserError('app.py needs viser, which is not installed: run `make app`, or `pip install '
                     '-r requirements-app.txt`.') from None
 
-GAP = 0.6                    # metres between motions
-TEXT_STYLE = 'margin: 0.3em 0.8em; font-size: 0.85em'
+try:
+    socket.create_server((host, port)).close()
+except (OSError, OverflowError) as error:
+    raise UserError(f'The page cannot be at {host}:{port} ({error}): give another --port, or leave '
+                    '--host out.') from None
+
+GAP = 0.6                                # metres between motions
 VIEW = np.array([0.45, 0.35, 0.8])       # from what is looked at towards the camera
+TEXT_STYLE = 'margin: 0.3em 0.8em; font-size: 0.85em'
 
 out_dir = out_dir or os.path.join('out', data)
 run = setup(device, dtype, seed)
@@ -99,8 +95,12 @@ drawing = threading.RLock()  # bodies are either moved or replaced
 
 
 def decoding():
-    return decoding_of({**config, 'steps': steps_slider.value,
-                        'cond_scale': guidance_slider.value})
+    """The settings for drawing tokens. UserError where a field was emptied, which reads as 0."""
+    for field in (length_slider, seed_box, guidance_slider, steps_slider, variants_slider):
+        if not field.min <= field.value <= field.max:
+            raise UserError(f'{field.label} is {field.value}, expected {field.min} to {field.max}.')
+    return dict(steps=steps_slider.value, cond_scale=guidance_slider.value, res_scale=res_scale,
+                das_sampling=das_sampling)
 
 
 def text_in(box):
@@ -112,11 +112,12 @@ def text_in(box):
 
 def drawn(text, variants):
     """Tokens [(n_i, Q)] of so many motions for a text, of the length that the page asks for."""
+    settings = decoding()
     c, c_valid = pipe.condition([text] * variants, os.path.join(out_dir, 'text'))
     n = torch.full((variants,), round(length_slider.value * fps / FRAMES_PER_TOKEN))
     if not n.all():
         n = pipe.lengths(c, c_valid, seed_box.value).cpu()
-    ids = pipe.generate(c, c_valid, n, seed_box.value, **decoding())
+    ids = pipe.generate(c, c_valid, n, seed_box.value, **settings)
     return [row[:k] for row, k in zip(ids, n.tolist())]
 
 
@@ -158,39 +159,25 @@ def file_of(motion, kind):
 
 
 def add_body(name, joints):
-    """Joints (T, J, 3) in metres as capsules, in the GIFs' colours -> pose(t), which moves them."""
-    sides = [joint.split('_')[0] for joint in skeleton.names]
-    colours = np.array([SIDE_COLOURS.get(side, SIDE_COLOURS['middle']) for side in sides])
-    start, end = joints[:, skeleton.parents[1:]], joints[:, 1:]
-    middle = (start + end) / 2
-    length = np.linalg.norm(end - start, axis=-1)
-    x, y, z = np.moveaxis((end - start) / np.maximum(length, 1e-6)[..., None], -1, 0)
-    turn = np.stack([1 + z + 1e-6, -y, x, 0 * z], -1)        # the quaternion from Z to the bone
-    turn /= np.linalg.norm(turn, axis=-1, keepdims=True)
-    length = np.median(length, axis=0)
-    thick = np.full(len(length), LIMB / 2)
-    cylinder = trimesh.creation.cylinder(radius=1, height=1, sections=16)
-    bones = server.scene.add_batched_meshes_simple(
-        f'/motions/{name}/bones', cylinder.vertices, cylinder.faces, turn[0], middle[0],
-        batched_scales=np.stack([thick, thick, length], -1), batched_colors=colours[1:])
-
-    balls = joints.copy()                                    # round ends for them, and the head
-    head = skeleton.names.index('head')
-    balls[:, head] += 0.3 * (joints[:, head] - joints[:, skeleton.parents[head]])
-    radius = np.append(thick, LIMB / 2)
-    radius[head] = HEAD / 2
-    sphere = trimesh.creation.icosphere(subdivisions=2)
-    ends = server.scene.add_batched_meshes_simple(
-        f'/motions/{name}/ends', sphere.vertices, sphere.faces, np.eye(1, 4).repeat(len(radius), 0),
-        balls[0], batched_scales=radius, batched_colors=colours)
+    """Joints (T, J, 3) in metres as thick lines in the GIFs' colours, over a shadow -> pose(t),
+    which moves them to a frame."""
+    bones = np.stack([joints[:, skeleton.parents[1:]], joints[:, 1:]], axis=2)
+    sides = [joint.split('_')[0] for joint in skeleton.names[1:]]
+    sides = np.array([side if side in SIDE_COLOURS else 'middle' for side in sides])
+    neck, skull = bones[:, skeleton.names.index('head') - 1].swapaxes(0, 1)
+    face = skull[:, None, None] + [[[0.25], [0.35]]] * (skull - neck)[:, None, None]
+    parts = [(bones * [1, 0, 1] - [0, LIMB, 0], SHADOW, LIMB), (face, SIDE_COLOURS['middle'], HEAD)]
+    parts += [(bones[:, sides == side], colour, LIMB) for side, colour in SIDE_COLOURS.items()]
+    lines = [server.scene.add_line_segments(f'/motions/{name}/{i}', points[0], colour,
+                                            thickness=thickness)
+             for i, (points, colour, thickness) in enumerate(parts)]
     label = server.scene.add_label(f'/motions/{name}/label', name, anchor='bottom-center')
 
     def pose(t):
-        t = min(t, len(joints) - 1)                          # a short motion holds its last pose
-        bones.batched_positions = middle[t]
-        bones.batched_wxyzs = turn[t]
-        ends.batched_positions = balls[t]
-        label.position = balls[t, head] + [0, HEAD, 0]
+        t = min(t, len(joints) - 1)      # a short motion holds its last pose
+        for line, (points, _, _) in zip(lines, parts):
+            line.points = points[t]
+        label.position = skull[t] + [0, HEAD, 0]
     return pose
 
 
@@ -212,7 +199,7 @@ def strip(number, motion):
         if t == frame_slider.value // FRAMES_PER_TOKEN:
             colour = 'black'
         elif number == int(motion_menu.value) and not first <= t < end:
-            colour += '40'                                   # a quarter of its opacity
+            colour += '40'               # a quarter of its opacity
         stops.append(f'{colour} {t / n:.2%} {(t + 1) / n:.2%}')
     width = len(motion.joints) / frame_slider.max
     return (f'<div style="{TEXT_STYLE}">{number}: {html.escape(motion.caption)}'
@@ -259,7 +246,6 @@ def aim(places):
 
 server = viser.ViserServer(host, port, 'DynMask', verbose=False)
 server.scene.set_up_direction('+y')
-server.scene.configure_environment_map(environment_intensity=0.3)
 server.scene.add_grid('/floor', plane='xz', infinite_grid=True, cell_color=(229, 232, 237),
                       section_color=(196, 200, 208), fade_distance=30)
 server.gui.configure_theme(control_width='large', show_logo=False, show_share_button=False)
@@ -272,9 +258,10 @@ example_menu = server.gui.add_dropdown('Examples', example_prompts)
 length_slider = server.gui.add_slider(
     'Seconds', 0.0, pipe.n_max * FRAMES_PER_TOKEN / fps, FRAMES_PER_TOKEN / fps, 0.0,
     hint='0: as long as the length estimator thinks that it takes')
-seed_box = server.gui.add_number('Seed', seed, min=0, max=2**31, step=1)
-guidance_slider = server.gui.add_slider('Guidance', 0.0, 10.0, 0.5, float(cond_scale))
-steps_slider = server.gui.add_slider('Steps', 1, 30, 1, steps)
+seed_box = server.gui.add_number('Seed', seed, min=0, max=2**32 - 1, step=1)
+guidance_slider = server.gui.add_slider(
+    'Guidance', min(0.0, cond_scale), max(10.0, cond_scale), 0.5, cond_scale)
+steps_slider = server.gui.add_slider('Steps', 1, max(30, steps), 1, steps)
 variants_slider = server.gui.add_slider('Variants', 1, 6, 1, 1)
 generate_button = server.gui.add_button('Generate', color='blue')
 message = server.gui.add_html('')
@@ -300,7 +287,8 @@ def action(act):
                 colour, sentence = '#444', act(event)
             except UserError as error:
                 colour, sentence = '#c22', error
-        message.content = f'<p style="{TEXT_STYLE}; color: {colour}">{html.escape(str(sentence))}</p>'
+        sentence = html.escape(str(sentence))
+        message.content = f'<p style="{TEXT_STYLE}; color: {colour}">{sentence}</p>'
     return press
 
 
@@ -352,7 +340,8 @@ def append(_):
 def save(event):
     motion = shown[chosen()]
     kind = save_buttons.value
-    name = re.sub(r'\W+', '-', motion.caption.lower())[:80] + f'.{kind.lower()}'
+    slug = re.sub(r'\W+', '-', motion.caption.lower()).strip('-')
+    name = f'{slug[:80]}.{kind.lower()}'
     event.client.send_file_download(name, file_of(motion, kind), save_immediately=True)
     return f'{name} is in your downloads.'
 
@@ -363,16 +352,18 @@ def take_example(_):
 
 
 def play():
+    """Frame after frame, for ever."""
     while True:
         start = time.perf_counter()
         if play_box.value and shown:
             frame_slider.value = (frame_slider.value + 1) % frame_slider.max
-        rest = 1 / (fps * speed_slider.value) - (time.perf_counter() - start)
+        speed = max(speed_slider.value, speed_slider.min)
+        rest = 1 / (fps * speed) - (time.perf_counter() - start)
         time.sleep(max(0, rest))
 
 
 for handle in (frame_slider, span_slider, motion_menu):
     handle.on_update(show)
 if __name__ == '__main__':
-    print(f'The page: http://{host}:{server.get_port()}')
-    play()
+    with contextlib.suppress(KeyboardInterrupt):
+        play()
