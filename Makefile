@@ -1,8 +1,10 @@
-# make demo: environment, toy data, tokenizer, transformers, a few GIFs. A stage that is finished is not done again.
+# make demo: environment, toy data, tokenizer, transformers, a few GIFs. A stage that is finished is not done again,
+# one that was cut off goes on.
 # make test: the tests.
 # make app: what the page in the browser needs, and the page.
 PY = .venv/bin/python
 DONE = out/toy/.done
+go_on = $(if $(wildcard out/toy/$(1)_last.pt),--init_from=resume)
 export PYTHONUNBUFFERED = 1
 
 demo: $(DONE)-len
@@ -18,19 +20,19 @@ data/toy/meta.json: .venv/ready
 	$(PY) prepare_data.py toy
 
 $(DONE)-vq: data/toy/meta.json
-	$(PY) train_vq.py config/toy.py
+	$(PY) train_vq.py config/toy.py $(call go_on,vq)
 	touch $@
 
 $(DONE)-mask: $(DONE)-vq
-	$(PY) train_mask.py config/toy.py
+	$(PY) train_mask.py config/toy.py $(call go_on,mask)
 	touch $@
 
 $(DONE)-res: $(DONE)-mask
-	$(PY) train_mask.py config/toy.py --stage=res
+	$(PY) train_mask.py config/toy.py --stage=res $(call go_on,res)
 	touch $@
 
 $(DONE)-len: $(DONE)-res
-	$(PY) train_mask.py config/toy.py --stage=len
+	$(PY) train_mask.py config/toy.py --stage=len $(call go_on,len)
 	touch $@
 
 .venv/app: requirements-app.txt .venv/ready

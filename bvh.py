@@ -4,13 +4,17 @@ A file has two parts. HIERARCHY nests the joints in braces, each with an OFFSET 
 a list of CHANNELS; MOTION gives the frame rate and then one row of channel values a frame.
 """
 import re
+from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
+from runtime import read
 
+FASTEST = 2000          # frames a second; at 1 a second or fewer nobody has recorded motion
+FURTHEST = 1e7          # of any number: 100 km in centimetres
 CHANNELS = {axis + kind for axis in 'xyz' for kind in ('position', 'rotation')}
-TIMING = re.compile(rb'\s*Frames:\s*(\d+)\s+Frame\s+Time:\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)')
+TIMING = re.compile(rb'\s*Frames:\s*(\d{1,9})\s+Frame\s+Time:\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)')
 
 
 def read_bvh(file):
@@ -23,8 +27,7 @@ def read_bvh(file):
     if isinstance(file, tuple):
         file, data = file
     else:
-        with open(file, 'rb') as f:
-            data = f.read()
+        data = read(file, 'expected a BVH file', lambda path: Path(path).read_bytes())
     hierarchy, motion_word, motion = data.partition(b'MOTION')
     if not hierarchy.lstrip().startswith(b'HIERARCHY') or not motion_word:
         raise UserError(f'{file} is not a BVH file: it lacks the words HIERARCHY and MOTION; '
@@ -32,9 +35,10 @@ def read_bvh(file):
     names, parents, offsets, channels = _read_hierarchy(file, hierarchy)
 
     timing = TIMING.match(motion)
-    if not timing or not float(timing[2]) > 0:
-        raise UserError(f'{file} has no "Frames:" and "Frame Time:" lines after MOTION; '
-                        'export it as BVH again')
+    if not timing or not 1 / FASTEST <= float(timing[2]) <= 1:
+        raise UserError(f'{file} has no "Frames:" and "Frame Time:" lines after MOTION that make '
+                        f'sense (a frame takes 1 second at most, 1/{FASTEST} at least); export it '
+                        'as BVH again')
     n_frames = int(timing[1])
     width = sum(len(c) for c in channels)
     try:
@@ -42,9 +46,11 @@ def read_bvh(file):
     except ValueError:
         raise UserError(f'{file} has text that is not a number in its MOTION block; '
                         'repair or drop the file') from None
-    finite = np.isfinite(values).all()
-    if values.size != n_frames * width or not finite:
-        found = f'{values.size / max(width, 1):.4g} frames' if finite else 'NaN or infinity'
+    good = (np.abs(values) < FURTHEST).all()   # nor is NaN
+    if values.size != n_frames * width or not good or not width:
+        found = 'NaN, infinity or huge numbers'
+        if good:
+            found = f'{values.size / max(width, 1):.4g} frames'
         raise UserError(f'{file} holds {found} where its header promises {n_frames} frames of '
                         f'{width} numbers; it is truncated or damaged: copy it again')
     return names, parents, offsets, channels, values.reshape(n_frames, width), 1 / float(timing[2])
@@ -58,6 +64,8 @@ def _read_hierarchy(file, text):
     try:
         for word in words:
             if word in ('ROOT', 'JOINT'):
+                if None in open_joints:
+                    raise ValueError('a joint inside an end site')
                 joint = len(names)
                 names.append(next(words))
                 parents.append(open_joints[-1] if open_joints else -1)
@@ -80,7 +88,8 @@ def _read_hierarchy(file, text):
             else:
                 raise ValueError(word)
         understood = all(set(c) <= CHANNELS and len(set(c)) == len(c) for c in channels)
-        if not names or open_joints or not understood or not np.isfinite(offsets).all():
+        near = (np.abs(offsets) < FURTHEST).all()
+        if not names or open_joints or not understood or not near:
             raise ValueError('braces, channels or offsets')
     # what next(), float() and the list of open joints raise on a text in another order
     except (ValueError, StopIteration, RuntimeError, IndexError, TypeError):

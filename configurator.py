@@ -8,15 +8,54 @@ overrides on top of the defaults. One config file serves all scripts: a key in i
 does not use is fine as long as some script here does. On the command line a key must be this
 script's own. A mistake anywhere in the project is a UserError: one sentence, exit code 2.
 """
-import ast
+import errno
 import functools
 import glob
 import os
+import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
+NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # what UTF-8 has no bytes for, and the zero byte
+
 given = set()   # keys that a config file or the command line has set
+
+# What a number may be: its lowest and highest value, in one table, because scripts share settings.
+# One that is not here need only be finite. The highest ones keep a slip of the finger from taking
+# all memory: --window=1000 took 20 GB.
+RANGES = {key: (low, high) for low, high, keys in (
+    (0, 2**32 - 1, 'seed'),   # numpy's
+    # counts
+    (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
+               'ev_eval_every repeats seeds rounds clips overlap'),
+    (0, 10**9, 'ev_ae_steps warmup vq_warmup motion_steps action_steps max_clips mm_batches warm'),
+    (1, 10**4, 'log_every'),
+    (1, 2**16, 'batch_size vq_batch ev_batch batch prompts'),
+    (0, 2**16, 'gen_batch length'),
+    (-1, 64, 'res_layers'),
+    # sizes
+    (1, 2**14, 'latent ff code_dim vq_width ev_movement ev_code ev_motion_hidden ev_text_hidden '
+               'ev_out'),
+    (1, 128, 'n_layers n_heads n_quantizers'),
+    (0, 6, 'vq_depth'),
+    (2, 2**15, 'n_codes'),   # token ids are int16
+    (1, 64, 'window'),
+    (0, 64, 'r_exp'),
+    (4, 2**16, 'window_frames frames max_tokens'),
+    # shares
+    (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp hard_first hard_last teacher_momentum cond_drop '
+           'res_cond_drop quantize_dropout anneal'),
+    (0, 0.99, 'dropout'),
+    (1e-6, 1, 'top_share'),
+    # factors
+    (0, 10, 'lr vq_lr ev_lr weight_decay ev_weight_decay'),
+    (1e-9, 1e12, 'grad_clip'),
+    (1e-4, 1e3, 'temperature res_temperature'),
+    (-100, 100, 'cond_scale res_scale'),
+    (0, 1e6, 'w_position w_foot w_commit vq_reset_below vq_sample cfs_noise lambda_D beta '
+             'sigma_max'),
+) for key in keys.split()}
 
 
 class UserError(ValueError):
@@ -26,10 +65,12 @@ class UserError(ValueError):
 
 def install_error_hook():
     """The one place that turns a UserError into its sentence and exit code 2. So does an operating
-    system's error that names a file (no permission, disk full); all else keeps its traceback."""
+    system's error that names a file (no permission) or a full disk; all else keeps its
+    traceback."""
     def hook(kind, error, trace):
-        about_file = isinstance(error, OSError) and error.filename is not None
-        if not (isinstance(error, UserError) or about_file):
+        system = isinstance(error, OSError)
+        system = system and (error.filename is not None or error.errno == errno.ENOSPC)
+        if not (isinstance(error, UserError) or system):
             return sys.__excepthook__(kind, error, trace)
         print(error, file=sys.stderr)
         sys.stdout.flush()
@@ -43,19 +84,28 @@ def keys_of_all_scripts():
     names = set()
     for path in glob.glob(os.path.join(HERE, '*.py')):
         with open(path, encoding='utf-8') as f:
-            for node in ast.parse(f.read()).body:
-                if isinstance(node, ast.Assign):
-                    names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+            names.update(re.findall(r'^(\w+) = ', f.read(), re.MULTILINE))
     return names
 
 
 def convert(key, value, default, where):
-    """value, checked against the type of the default. An int may stand for a float."""
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
+    """value, checked against the type of the default and the key's range. An int may stand for a
+    float."""
+    try:
+        shown = f'{value!r:.60}'
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+    except (ValueError, OverflowError):
+        shown = 'a number of hundreds of digits'
     if type(value) is not type(default):
-        raise UserError(f'{where}: {key} is {value!r}, expected {type(default).__name__} '
+        raise UserError(f'{where:.80}: {key} is {shown}, expected {type(default).__name__} '
                         f'as in its default {default!r}.')
+    if isinstance(value, str) and NOT_TEXT.search(value):
+        raise UserError(f'{where!a:.80}: {key} holds bytes that are no text, expected UTF-8.')
+    if isinstance(value, (int, float)):
+        low, high = RANGES.get(key, (-sys.float_info.max, sys.float_info.max))
+        if not low <= value <= high:   # nor is NaN
+            raise UserError(f'{where:.80}: {key} is {shown}, expected {low:.10g} to {high:.10g}.')
     return value
 
 
@@ -68,33 +118,33 @@ def read_argument(arg, defaults):
         near = [k for k in defaults if key.lower() in k or k in key.lower()]
         hint = f'close: {", ".join(near)}.' if near else '--help lists them.'
         script = os.path.basename(sys.argv[0])
-        raise UserError(f'--{key} is not a setting of {script}; {hint}')
-    value = text
-    if not isinstance(defaults[key], str):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            pass   # still a str, which convert refuses
+        raise UserError(f'--{key:.60} is not a setting of {script}; {hint}')
+    kind = type(defaults[key])
+    try:
+        value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        value = text   # still a str, which convert refuses
     return {key: convert(key, value, defaults[key], arg)}
 
 
 def read_config_file(path, defaults):
     """A config file's assignments to keys of this script -> {key: value}."""
-    if not os.path.exists(path):
-        raise UserError(f'{path} does not exist: expected a config file (config/*.py) '
-                        'or --key=value.')
+    if not os.path.isfile(path):
+        raise UserError(f'{path} does not exist or is no file: expected a config file '
+                        '(config/*.py) or --key=value.')
     assigned = {}
     try:
         with open(path, encoding='utf-8') as f:
             exec(compile(f.read(), path, 'exec'), assigned)
     except Exception as e:
-        raise UserError(f'{path} is not a config file: {type(e).__name__}: {e}.') from None
+        why = ' '.join(str(e).split())
+        raise UserError(f'{path} is not a config file: {type(e).__name__}: {why:.200}.') from None
     settings = {}
     for key, value in assigned.items():
-        if key.startswith('_') or not isinstance(value, (int, float, str)):
-            continue
         if key in defaults:
             settings[key] = convert(key, value, defaults[key], path)
+        elif key.startswith('_') or not isinstance(value, (int, float, str)):
+            continue
         elif key not in keys_of_all_scripts():
             raise UserError(f'{path} sets {key}, which no script here knows: is it misspelt?')
     return settings

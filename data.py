@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import UserError
-from runtime import atomic_write
+from configurator import NOT_TEXT, UserError
+from motion import SKELETONS
+from runtime import atomic_write, read_array, read_arrays, read_json
 
 STD_FLOOR = 1e-3   # a feature that never varies is divided by this; real groups lie above 0.01
 FRAMES_PER_TOKEN = 4
@@ -45,7 +46,7 @@ def save_split(folder, split, clips, captions):
         header = dict(descr='<f4', fortran_order=False, shape=(sum(lengths), dim))
         np.lib.format.write_array_header_1_0(f, header)
 
-    with open(path, 'wb') as f:
+    with atomic_write(path) as f:
         for name, features in clips:
             features = np.ascontiguousarray(features, dtype='<f4')
             if not np.isfinite(features).all():
@@ -64,8 +65,9 @@ def save_split(folder, split, clips, captions):
 
     length = np.array(lengths, dtype=np.int64)
     start = np.cumsum(length) - length
-    np.savez(os.path.join(folder, f'{split}_clips.npz'), start=start, length=length, name=names)
-    with open(os.path.join(folder, f'{split}_captions.json'), 'w', encoding='utf-8') as f:
+    with atomic_write(os.path.join(folder, f'{split}_clips.npz')) as f:
+        np.savez(f, start=start, length=length, name=names)
+    with atomic_write(os.path.join(folder, f'{split}_captions.json'), 'w') as f:
         json.dump(captions, f, ensure_ascii=False)
     return dict(clips=len(names), frames=int(length.sum()), captions=len(captions))
 
@@ -130,48 +132,113 @@ class Split:
         """Features (T, D) of clip i."""
         return self.features[self.start[i]:self.start[i] + self.length[i]]
 
+    def names_at(self, frames):
+        """Frame numbers (B,), a tensor -> the names of the clips that they belong to."""
+        return self.names[np.searchsorted(self.start, frames.cpu().numpy(), 'right') - 1]
+
 
 def load_meta(folder):
-    """-> (meta dict, mean (D,), std (D,)). UserError names the command that makes the data."""
-    try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            meta = json.load(f)
-        mean, std = (np.load(os.path.join(folder, f'{s}.npy')) for s in ('mean', 'std'))
-    except FileNotFoundError:
-        name = os.path.basename(os.path.normpath(folder))
+    """-> (meta dict, mean (D,), std (D,)), checked. UserError names the command that makes the
+    data."""
+    name = os.path.basename(os.path.normpath(folder))
+    again = f'run `python prepare_data.py {name}` again'
+    path = os.path.join(folder, 'meta.json')
+    if not os.path.exists(path):
         raise UserError(f'{folder} holds no prepared data; run `python prepare_data.py {name}` '
-                        'first') from None
-    return meta, mean, std
+                        'first')
+    meta = read_json(path, again)
+    if not isinstance(meta, dict) or meta.get('skeleton') not in list(SKELETONS):
+        raise UserError(f'{path} names no skeleton ({", ".join(SKELETONS)}); {again}')
+    skeleton = SKELETONS[meta['skeleton']]
+    if (meta.get('dim'), meta.get('n_joints')) != (skeleton.dim, skeleton.n_joints):
+        raise UserError(f'{path}: dim and n_joints are {meta.get("dim")} and '
+                        f'{meta.get("n_joints")}, expected {skeleton.dim} and {skeleton.n_joints} '
+                        f'as of its skeleton; {again}')
+    for key, kind in dict(name=str, counts=dict, max_frames=int, fps=(int, float),
+                          units_per_metre=(int, float)).items():
+        value = meta.get(key)
+        if not isinstance(value, kind) or kind not in (str, dict) and not 0 < value < 1e6:
+            raise UserError(f'{path}: {key} is {value!r:.60}; {again}')
+    stats = []
+    for name in ('mean', 'std'):
+        path = os.path.join(folder, f'{name}.npy')
+        values = np.array(read_array(path, again), np.float32)
+        good = values.shape == (meta['dim'],) and np.isfinite(values).all()
+        if not good or name == 'std' and not (values > 0).all():
+            raise UserError(f'{path} should be {meta["dim"]} finite numbers, of a std positive '
+                            f'ones; {again}')
+        stats.append(values)
+    return meta, *stats
 
 
 def load_split(folder, name):
-    """Open one split. UserError where it is missing, of another width than meta.json's, or not the
-    file that was written: features were checked then, and gigabytes are not read again here."""
+    """Open one split. UserError where it is missing, damaged, or its features are not the file that
+    was written: they were checked then, and gigabytes are not read again here."""
     meta = load_meta(folder)[0]
     again = f'run `python prepare_data.py {meta["name"]}` again'
-    path = os.path.join(folder, f'{name}_motion.npy')
-    if not os.path.exists(path):
+    paths = [os.path.join(folder, f'{name}_{part}')
+             for part in ('motion.npy', 'clips.npz', 'captions.json')]
+    if not os.path.exists(paths[0]):
         raise UserError(f'{folder} has no split "{name}" (it has {", ".join(meta["counts"])}); '
                         f'{again}')
-    refuse_changed(path, meta.get('files', {}).get(f'{name}_motion.npy'), again)
-    features = np.load(path, mmap_mode='r')
-    if features.ndim != 2 or features.shape[1] != meta['dim']:
-        raise UserError(f'{path} has shape {features.shape} where meta.json says width '
-                        f'{meta["dim"]}; {again}')
+    refuse_changed(paths[0], meta.get('files'), again)
+    features = read_array(paths[0], again)
+    if features.dtype != np.float32 or features.shape[1:] != (meta['dim'],):
+        raise UserError(f'{paths[0]} has shape {features.shape} of {features.dtype}, expected '
+                        f'width {meta["dim"]} of float32; {again}')
 
-    with np.load(os.path.join(folder, f'{name}_clips.npz')) as clips:
-        start, length, names = clips['start'], clips['length'], clips['name']
-    with open(os.path.join(folder, f'{name}_captions.json'), encoding='utf-8') as f:
-        captions = sorted(json.load(f), key=lambda caption: caption['clip'])
+    start, length, names = read_arrays(paths[1], again, ('start', 'length', 'name'))
+    good = start.shape == length.shape == names.shape == (start.size,) and names.dtype.kind == 'U'
+    good = good and start.dtype == length.dtype == np.int64 and start.size > 0
+    good = good and (0 < length).all() and (length <= len(features)).all()
+    ends = np.cumsum(length) if good else [0]
+    if not good or (start != ends - length).any() or ends[-1] != len(features):
+        raise UserError(f'{paths[1]} does not cut {paths[0]} into clips that lie end to end; '
+                        f'{again}')
+    if length.max() // FRAMES_PER_TOKEN > meta['max_frames'] // FRAMES_PER_TOKEN:
+        raise UserError(f'{paths[1]} has a clip of {length.max()} frames where meta.json says '
+                        f'max_frames {meta["max_frames"]}; {again}')
+
+    captions = read_json(paths[2], again)
+    if not isinstance(captions, list):
+        raise UserError(f'{paths[2]} is no list of captions; {again}')
+    for i, caption in enumerate(captions):
+        if not is_caption(caption, len(start)):
+            raise UserError(f'{paths[2]}, caption {i}: expected the number of a clip (0 to '
+                            f'{len(start) - 1}), a text, and tokens word/TAG, found '
+                            f'{caption!r:.200}; {again}')
+    captions.sort(key=lambda caption: caption['clip'])
     n_captions = np.bincount([c['clip'] for c in captions], minlength=len(start))
     first_caption = np.cumsum(n_captions) - n_captions
     return Split(features, start, length, names, captions, first_caption, n_captions)
 
 
-def refuse_changed(path, written, again):
-    """UserError unless path is the file of the stamp `written`. Size and time settle it at once; a
-    copied file has a new time, and its bytes are compared."""
-    if written is None:
+def is_caption(caption, n_clips):
+    """Is it a dict of what one needs?"""
+    if not isinstance(caption, dict):
+        return False
+    clip, text, tokens = (caption.get(key) for key in ('clip', 'text', 'tokens'))
+    return (type(clip) is int and 0 <= clip < n_clips and isinstance(text, str)
+            and isinstance(tokens, str) and not NOT_TEXT.search(text + tokens)
+            and all('/' in token for token in tokens.split()))
+
+
+def fingerprint(folder):
+    """A short hash of all that training reads of a data set; a checkpoint remembers it. The
+    features are known by the stamp that `load_split` compares, the small files by their bytes."""
+    files = load_meta(folder)[0]['files']
+    parts = [files[f'{split}_motion.npy']['blake2b'] for split in ('train', 'val')]
+    for name in ('mean.npy', 'std.npy', 'train_clips.npz', 'train_captions.json', 'val_clips.npz',
+                 'val_captions.json'):
+        parts.append(digest(os.path.join(folder, name)))
+    return hashlib.blake2b(''.join(parts).encode(), digest_size=8).hexdigest()
+
+
+def refuse_changed(path, stamps, again):
+    """UserError unless path is the file of its stamp. Size and time settle it at once; a copied
+    file has a new time, and its bytes are compared."""
+    written = stamps.get(os.path.basename(path)) if isinstance(stamps, dict) else None
+    if not isinstance(written, dict) or not {'bytes', 'modified', 'blake2b'} <= written.keys():
         raise UserError(f'{path} was prepared by an older version of this project; {again}')
     status = os.stat(path)
     if status.st_size == written['bytes']:
@@ -242,12 +309,18 @@ def tokenize(tokenizer, split, path, device='cpu'):
     cumsum(length // 4). Four phases, because the field starts a clip at a random frame and a token
     begins every fourth.
     """
-    if os.path.exists(path):
-        return np.load(path)
-    tokenizer = tokenizer.to(device).eval()
     n_tokens = split.length // FRAMES_PER_TOKEN
     start = np.cumsum(n_tokens) - n_tokens
-    ids = np.zeros((FRAMES_PER_TOKEN, n_tokens.sum(), tokenizer.config.n_quantizers), np.int16)
+    shape = (FRAMES_PER_TOKEN, n_tokens.sum(), tokenizer.config.n_quantizers)
+    if os.path.exists(path):
+        ids = np.array(read_array(path, 'delete it, it is made again'))
+        good = ids.shape == shape and ids.dtype == np.int16
+        if not good or ids.min() < 0 or ids.max() >= tokenizer.config.n_codes:
+            raise UserError(f'{path} is {ids.shape} of {ids.dtype}, expected {shape} token ids '
+                            f'below {tokenizer.config.n_codes}: delete it, it is made again.')
+        return ids
+    tokenizer = tokenizer.to(device).eval()
+    ids = np.zeros(shape, np.int16)
     bar = tqdm(total=4 * len(split), desc=os.path.basename(path), mininterval=1, leave=False)
     for phase in range(FRAMES_PER_TOKEN):
         n_phase = (split.length - phase) // FRAMES_PER_TOKEN
@@ -330,12 +403,15 @@ class Windows:
     def __len__(self):
         return len(self.starts)
 
-    def batch(self, size, generator, rank=0, world=1):
-        """(size / world, frames, D), not normalized: this rank's rows of the global batch."""
+    def draw(self, size, generator):
+        """The first frames (size,) of random windows."""
         device = self.starts.device
         pick = torch.randint(len(self.starts), (size,), device=device, generator=generator)
-        pick = pick.view(world, -1)[rank]
-        return self.features[self.starts[pick][:, None] + self.frames]
+        return self.starts[pick]
+
+    def batch(self, first):
+        """First frames (B,) -> (B, frames, D), not normalized."""
+        return self.features[first[:, None] + self.frames]
 
 
 class Clips:

@@ -29,7 +29,7 @@ from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjp
 from fast import keep_memory
 from generate import Pipeline, decoding_of, load_pipeline
 from motion import SKELETONS, features_to_joints
-from runtime import atomic_write, setup
+from runtime import atomic_write, must_be_writable, setup
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -80,8 +80,6 @@ config = configure(
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
-if repeats < 1:
-    raise UserError(f'repeats is {repeats}, expected at least 1.')
 decoding = decoding_of(config)
 run = setup(device, dtype, seed)
 keep_memory()
@@ -121,6 +119,8 @@ if judge.words is None:
           'and MM-Dist of this official evaluator mean nothing here; FID and Diversity do.')
     judge.words = Words()
 judge = judge.to(run.device)
+result_path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
+must_be_writable(result_path)
 text_emb = judge.embed_text([caption['tokens'] for caption in captions]).numpy()
 rows = ['real motion', 'tokenizer']
 if pipe.mask is not None:
@@ -313,10 +313,8 @@ def swept():
     if name not in decoding or not values:
         raise UserError(f"sweep is '{sweep}', expected a decoding setting and values, as in "
                         f'cond_scale:1,2,3; the settings are {", ".join(decoding)}.')
-    read = [read_argument(f'--{name}={value}', decoding) for value in values.split(',')]
-    for setting in read:
-        decoding_of({**config, **setting})   # refuses what makes no sense, before the work
-    return name, [setting[name] for setting in read]
+    return name, [read_argument(f'--{name}={value}', decoding)[name]
+                  for value in values.split(',')]
 
 
 def summarize(results):
@@ -357,9 +355,8 @@ names = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE
 print_table([name for name in names if any(name in metrics for metrics in summary.values())])
 if strata and not sweep:
     print_table([name for name in summary['tokenizer'] if name.startswith(('FID ', 'dynamic /'))])
-path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
-with atomic_write(path, 'w') as f:
+with atomic_write(result_path, 'w') as f:
     written = dict(rows=summary, val=pipe.val, settings=config, clips=n_clips, seconds=seconds,
                    device=run.device, per_repeat=results)
     json.dump(written, f, indent=1, default=float)
-print(f'written to {path}')
+print(f'written to {result_path}')

@@ -262,9 +262,8 @@ class Evaluator(nn.Module):
     def load(cls, path, glove_dir=None):
         """The evaluator written by save, in eval mode; glove_dir: where GloVe lies now, if it
         moved. UserError for a file that is missing, damaged or of another kind."""
-        data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first')
-        if not isinstance(data, dict) or data.get('kind') != 'evaluator':
-            raise UserError(f'{path} is no evaluator checkpoint: train_eval.py writes one.')
+        data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first', 'evaluator',
+                            ('config', 'mean', 'std', 'glove_dir', 'state'))
         glove_dir = data['glove_dir'] and (glove_dir or data['glove_dir'])
         words = Words(glove_dir, data['config']['word_dim'])
         model = cls(data['mean'], data['std'], words, **data['config'])
@@ -280,7 +279,8 @@ def float64(x):
     """An array or tensor -> numpy float64, finite."""
     x = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=np.float64)
     if not np.isfinite(x).all():
-        raise ValueError('a metric was given NaN or infinite values')
+        raise UserError('a metric was given NaN or infinite values: the model or the evaluator '
+                        'has diverged.')
     return x
 
 

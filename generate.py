@@ -18,7 +18,7 @@ from configurator import UserError
 from data import FRAMES_PER_TOKEN
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
-from runtime import load, load_named
+from runtime import load, load_named, sizes
 from text import condition
 from vq import load_tokenizer
 
@@ -57,18 +57,11 @@ def with_no_text(c_valid):
 
 
 def decoding_of(config):
-    """The settings (a dict) that `Pipeline.generate` takes. UserError where one makes no sense."""
+    """The settings (a dict) that `Pipeline.generate` takes."""
     names = ('steps', 'cond_scale', 'res_scale', 'top_share', 'temperature', 'anneal',
              'res_temperature', 'res_layers', 'das_sampling', 'lambda_D', 'beta', 'sigma_max',
              'msd_decode', 'motion_steps', 'action_steps')
-    decoding = {name: config[name] for name in names}
-    for name in ('steps', 'temperature', 'res_temperature', 'top_share'):
-        if decoding[name] <= 0:
-            raise UserError(f'{name} is {decoding[name]}, expected more than 0.')
-    for name in ('top_share', 'anneal'):
-        if not 0 <= decoding[name] <= 1:
-            raise UserError(f'{name} is {decoding[name]}, expected a share of 1.')
-    return decoding
+    return {name: config[name] for name in names}
 
 
 @torch.no_grad()
@@ -300,10 +293,9 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
         if kind != 'mask' and not os.path.exists(path):
             continue
         stage = '' if kind == 'mask' else f' --stage={kind}'
-        found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first')
-        if found[kind].get('kind') != kind:
-            holds = found[kind].get('kind', 'something else')
-            raise UserError(f'{path} holds {holds}, expected {kind}.')
+        found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first', kind,
+                           ('config', 'model', 'settings', 'meta', 'vq', 'vq_hash', 'val'))
+        found[kind]['path'] = path
 
     vq_path = found['mask']['vq']
     if not os.path.exists(vq_path):   # the folder was moved
@@ -320,8 +312,8 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
             network = LengthEstimator(n_out=checkpoint['meta']['max_frames'] // 4 + 1)
         else:
             make = MaskTransformer if kind == 'mask' else ResTransformer
-            network = make(ModelConfig(**checkpoint['config']))
-        load_named(network, checkpoint['model'], os.path.join(out_dir, f'{kind}.pt'))
+            network = make(sizes(ModelConfig, checkpoint['config'], checkpoint['path']))
+        load_named(network, checkpoint['model'], checkpoint['path'])
         networks[kind] = network
     checkpoint = found['mask']
     settings = checkpoint['settings']

@@ -19,7 +19,7 @@ from evaluator import Evaluator, Words
 from generate import Pipeline
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from motion import SKELETONS
-from runtime import load, load_named
+from runtime import load, load_named, read_array, read_text
 from vq import RVQVAE, VQConfig
 
 # (official, ours), applied to each tensor's name from top to bottom
@@ -156,11 +156,10 @@ def read(path, *keys):
             'root and the name')
     checkpoint = load(path, hint)
     for key in keys:
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+        if isinstance(checkpoint.get(key), dict):
             return checkpoint[key]
-    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
-    raise UserError(f'{path} has the entries {found}, expected {" or ".join(keys)}: is it another '
-                    'model?')
+    raise UserError(f'{path} has the entries {sorted(map(str, checkpoint))}, expected '
+                    f'{" or ".join(keys)}: is it another model?')
 
 
 def rename(weights, table):
@@ -195,7 +194,7 @@ def transformer_config(weights, path, opt, **known):
     ff, _ = shape(weights, 'seqTransEncoder.layers.0.linear1.weight', path)
     _, text_dim = shape(weights, 'cond_emb.weight', path)
     n_heads = int(opt['n_heads'])
-    if latent % n_heads:
+    if n_heads < 1 or latent % n_heads:
         raise UserError(f'{path}: {n_heads} heads do not divide its width {latent}: opt.txt is of '
                         'another model.')
     n_layers = count(weights, r'seqTransEncoder\.layers\.(\d+)\.')
@@ -206,14 +205,13 @@ def transformer_config(weights, path, opt, **known):
 def read_opt(root, dataset, name):
     """opt.txt of an official checkpoint, lines of 'key: value' -> dict of str."""
     path = os.path.join(root, dataset, name, 'opt.txt')
-    if not os.path.exists(path):
-        raise UserError(f'{path} is missing: expected <root>/<t2m|kit>/<name>/opt.txt of the '
-                        'official release; check the root and the name.')
-    with open(path, encoding='utf-8') as f:
-        opt = dict(line.strip().split(': ', 1) for line in f if ': ' in line)
-    for key in ('n_heads', 'vq_name'):
-        if key not in opt:
-            raise UserError(f'{path} has no line "{key}: ...": it is damaged, or of another model.')
+    text = read_text(path, 'expected <root>/<t2m|kit>/<name>/opt.txt of the official release; '
+                           'check the root and the name')
+    opt = dict(line.strip().split(': ', 1) for line in text.splitlines() if ': ' in line.strip())
+    for key, form in (('n_heads', r'[0-9]{1,4}'), ('vq_name', r'[^\0/]+')):
+        if not re.fullmatch(form, opt.get(key, '')):
+            raise UserError(f'{path} has no line "{key}: ..." that makes sense: it is damaged, or '
+                            'of another model.')
     return opt
 
 
@@ -222,11 +220,8 @@ def statistics(folder, dim):
     arrays = []
     for name in ('mean.npy', 'std.npy'):
         path = os.path.join(folder, name)
-        try:
-            array = np.load(path)
-        except (ValueError, EOFError, OSError):
-            raise UserError(f'{path} is missing or no readable .npy array: the release keeps '
-                            'mean.npy and std.npy there; get it again.') from None
+        array = np.array(read_array(path, 'the release keeps mean.npy and std.npy there; get it '
+                                          'again'))
         if array.shape != (dim,):
             raise UserError(f'{path} is {array.shape}, expected ({dim},) as the weights: it '
                             'belongs to another data set.')

@@ -10,7 +10,9 @@ Every source hands (name, features (T, D), captions) of its clips to `write_data
 a list of dicts of text and tokens. A clip that cannot be used is a UserError inside `skipping`.
 """
 import argparse
+import bz2
 import contextlib
+import gzip
 import hashlib
 import json
 import lzma
@@ -19,6 +21,7 @@ import os
 import re
 import tarfile
 import tempfile
+import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from itertools import pairwise
@@ -29,14 +32,16 @@ from tqdm import tqdm
 
 import toy
 from bvh import bvh_to_joints, read_bvh
-from configurator import HERE, UserError, install_error_hook
+from configurator import HERE, NOT_TEXT, UserError, install_error_hook
 from data import FRAMES_PER_TOKEN, mean_std, save_meta, save_split
 from motion import SKELETONS, joints_to_features, mirror, resample
+from runtime import read, read_array, read_json, read_text
 
 SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
 MAX_FRAMES = 196   # the field's longest motion, 49 tokens
 TOO_LONG = 200     # it leaves out files of so many frames
+LARGEST = 1e6      # no feature is larger: a kilometre, in the millimetres of KIT
 
 # -------------------------------------------------------------------------- what all have in common
 
@@ -186,19 +191,43 @@ def bandai_captions(content, style):
     return captions
 
 
+class StrictHeader(tarfile.TarInfo):
+    """tarfile takes a damaged header, but the first, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f'damaged: {error}') from None
+
+
 def bandai_files(src):
-    """Yield (name, bytes) of each clip of a folder or a .tar.xz, which is read as a stream."""
+    """Yield (name, bytes) of each clip of a folder or an archive, which is read as a stream and to
+    its end, where the checksum of the compressed ones stands. What is named like a clip but is a
+    folder, a link or a pipe has no bytes."""
     if Path(src).is_dir():
         for path in sorted(Path(src).rglob('*.bvh')):
             if BANDAI_FILE.fullmatch(path.name):
-                yield str(path), path.read_bytes()
+                yield str(path), path.read_bytes() if path.is_file() else b''
         return
     try:
-        with tarfile.open(src, 'r|*') as archive:
-            for member in archive:
-                if BANDAI_FILE.fullmatch(Path(member.name).name):
-                    yield member.name, archive.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        if not Path(src).is_file():
+            raise ValueError('there is no such file')
+        with open(src, 'rb') as file:
+            begins = file.read(2)
+        unpack = {b'\x1f\x8b': gzip.open, b'BZ': bz2.open, b'\xfd7': lzma.open}.get(begins, open)
+        with unpack(src, 'rb') as stream:
+            with tarfile.open(fileobj=stream, mode='r|', tarinfo=StrictHeader) as archive:
+                for member in archive:
+                    if BANDAI_FILE.fullmatch(Path(member.name).name):
+                        file = archive.extractfile(member) if member.isfile() else None
+                        yield member.name, file.read() if file else b''
+            while stream.read(2**20):
+                pass
+    except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f'{src} cannot be read as a .tar.xz ({error}): clone github.com/BandaiNamco'
                         'ResearchInc/Bandai-Namco-Research-Motiondataset and give that folder, or '
                         'get the archive again') from None
@@ -264,17 +293,22 @@ def prepare_bandai(folder, src):
 
 def load_features(path, skeleton):
     """Features (T, D) of one file. UserError where they cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError('features file missing')
-    try:
-        features = np.load(path)
-    except (ValueError, EOFError, OSError):
-        raise UserError('features file unreadable') from None
+    features = np.array(read_array(path, 'get it again'))
     if features.ndim != 2 or features.shape[1] != skeleton.dim:
         raise UserError(f'features not {skeleton.dim} wide (found {features.shape[1:]})')
-    if not np.isfinite(features).all():
-        raise UserError('NaN or infinity in features')
+    if not (np.abs(features) < LARGEST).all():
+        raise UserError('NaN, infinity or huge numbers in features')
     return features
+
+
+def part_of(features, start, end, fps, what):
+    """Its frames from start to end (seconds). UserError where they name none."""
+    numbers = all(type(t) in (int, float) for t in (start, end))
+    if not numbers or not 0 <= start < end < 1e6:
+        raise UserError(f'{what} from and to of no frames')
+    return features[int(start * fps):int(end * fps)]
 
 
 def check_length(features, skeleton, what):
@@ -287,17 +321,18 @@ def check_length(features, skeleton, what):
 
 def read_captions(path, skipped):
     """Lines 'caption#word/TAG word/TAG#from#to' -> [(caption, from, to)] in seconds; nan is 0."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError('text file missing')
     captions = []
-    lines = path.read_text(encoding='utf-8-sig', errors='replace').split('\n')
-    for line in filter(str.strip, lines):
+    text = read(path, 'get it again',
+                lambda path: path.read_text(encoding='utf-8-sig', errors='replace'))
+    for line in filter(str.strip, text.split('\n')):
         try:
             text, tokens, start, end = (part.strip() for part in line.split('#'))
-            start, end = np.nan_to_num([float(start), float(end)])
+            start, end = (0.0 if math.isnan(float(t)) else float(t) for t in (start, end))
         except ValueError:
             text = ''
-        if text:
+        if text and not NOT_TEXT.search(line) and all('/' in word for word in tokens.split()):
             captions.append((dict(text=text, tokens=tokens), start, end))
         else:
             skipped['caption line without text, tags, from and to'] += 1
@@ -319,7 +354,7 @@ def field_clips(src, ids, split, skeleton_key, skipped):
                     whole.append(caption)
                     continue
                 with skipping(skipped):
-                    part = features[int(start * skeleton.fps):int(end * skeleton.fps)]
+                    part = part_of(features, start, end, skeleton.fps, 'sub-clip')
                     check_length(part, skeleton, 'sub-clip')
                     yield f'{name}-{k}', part, [caption]
             if whole:
@@ -338,7 +373,7 @@ def prepare_field(folder, src, name):
     for split in SPLITS:
         path = Path(src, f'{split}.txt')
         if path.exists():
-            ids[split] = path.read_text(encoding='utf-8-sig').split()
+            ids[split] = read_text(path, 'expected the names of clips, one a line').split()
     if not ids:
         everything = sorted(path.stem for path in Path(src, 'new_joint_vecs').glob('*.npy'))
         print(f'{src} has no train.txt, val.txt or test.txt: all {len(everything)} clips go into '
@@ -346,11 +381,12 @@ def prepare_field(folder, src, name):
         ids = dict.fromkeys(SPLITS, everything)
 
     dim = SKELETONS[skeleton_key].dim
-    try:
-        stats = [np.load(Path(src, file)) for file in ('Mean.npy', 'Std.npy')]
-    except FileNotFoundError:
+    paths = [Path(src, file) for file in ('Mean.npy', 'Std.npy')]
+    stats = None
+    if all(path.exists() for path in paths):
+        stats = [read_array(path, 'take both away, and they are computed') for path in paths]
+    else:
         print(f'{src} has no Mean.npy and Std.npy: computing them from the training split')
-        stats = None
     if stats and not all(s.shape == (dim,) and np.isfinite(s).all() for s in stats):
         raise UserError(f'{src}/Mean.npy and Std.npy should be {dim} finite numbers each, found '
                         f'shapes {[s.shape for s in stats]}; hml3d has 263, kit 251')
@@ -394,23 +430,29 @@ def simple_tags(text):
 def babel_clips(src, entries, split, skipped):
     """Yield each labelled segment of BABEL's {key: entry}; its label is the caption."""
     for key, entry in tqdm(entries.items(), split, unit='clip', mininterval=1):
-        sid = str(entry.get('babel_sid', key))
-        path = Path(src, 'new_joint_vecs', f'{sid}.npy')
-        if not path.exists():
-            path = path.with_name(Path(entry.get('feat_p') or '').stem + '.npy')
-        segments = (entry.get('frame_ann') or {}).get('labels')
-        whole = (entry.get('seq_ann') or {}).get('labels')
         with skipping(skipped):
+            try:
+                sid = str(entry.get('babel_sid', key))
+                file = Path(entry.get('feat_p') or '').stem
+                segments = (entry.get('frame_ann') or {}).get('labels')
+                whole = (entry.get('seq_ann') or {}).get('labels')
+                labels = [(label.get('proc_label') or label.get('raw_label') or '',
+                           label.get('start_t'), label.get('end_t'))
+                          for label in segments or whole or []]
+            except (AttributeError, TypeError):
+                raise UserError('entry of another form than BABEL has') from None
+            path = Path(src, 'new_joint_vecs', f'{sid}.npy')
+            if not os.path.exists(path):
+                path = Path(src, 'new_joint_vecs', f'{file}.npy')
             features = load_features(path, SMPL)
-            for k, label in enumerate(segments or whole or []):
+            for k, (text, start, end) in enumerate(labels):
                 with skipping(skipped):
-                    text = (label.get('proc_label') or label.get('raw_label') or '').strip()
-                    if text in ('', 'transition'):
+                    text = text.strip() if isinstance(text, str) else ''
+                    if text in ('', 'transition') or NOT_TEXT.search(text):
                         raise UserError('segment without a label, or a transition')
-                    start, end = label.get('start_t'), label.get('end_t')
                     part = features
                     if start is not None and end is not None:
-                        part = features[int(start * SMPL.fps):int(end * SMPL.fps)]
+                        part = part_of(features, start, end, SMPL.fps, 'segment')
                     check_length(part, SMPL, 'segment')
                     yield f'{sid}-{k}', part, [dict(text=text, tokens=simple_tags(text))]
 
@@ -424,11 +466,10 @@ def prepare_babel(folder, src):
     splits = {}
     for split, file in dict(train='train.json', val='val.json', test='val.json').items():
         path = Path(src, file)
-        try:
-            entries = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as JSON ({error}): --src is the folder with "
-                            "BABEL's train.json, val.json and new_joint_vecs/") from None
+        hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
+        entries = read_json(path, hint)
+        if not isinstance(entries, dict):
+            raise UserError(f'{path} holds no dict of entries: {hint}.')
         splits[split] = babel_clips(src, entries, split, skipped)
     write_dataset(folder, 'babel', 'smpl22', splits, skipped)
 

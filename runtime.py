@@ -1,22 +1,31 @@
 """What every training script needs around its loop, and no idea of motion: the device, several
-ranks under torchrun, seeds, the learning rate, how fast the machine could be, checkpoint files."""
+ranks under torchrun, seeds, the learning rate, how fast the machine could be, checkpoint files and
+whose they are."""
 import contextlib
+import glob
+import json
 import math
 import os
-import pickle
 import random
 import re
+import socket
 import sys
 import tempfile
 import time
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
+try:
+    import fcntl
+except ImportError:   # Windows: there two runs into one folder are not kept apart
+    fcntl = None
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import UserError
+from configurator import UserError, convert
 
 # -------------------------------------------------------------------------------------- the machine
 
@@ -116,12 +125,12 @@ def gather(x):
 
 
 def mean_over_ranks(x):
-    """A scalar tensor -> its mean over all ranks, as a float."""
+    """A tensor -> its mean over all ranks, as a float, or a list of them."""
     if not dist.is_initialized():
-        return x.item()
+        return x.tolist()
     x = x.detach().clone()
     dist.all_reduce(x)
-    return x.item() / dist.get_world_size()
+    return (x / dist.get_world_size()).tolist()
 
 
 def leave(run):
@@ -140,7 +149,8 @@ def leave(run):
 
 @contextlib.contextmanager
 def atomic_write(path, mode='wb'):
-    """A file that takes path's place only if the block ends well: nobody ever sees half of one."""
+    """A file that takes path's place only if the block ends well: nobody ever sees half of one.
+    UserError where the system does not write it: the disk is full."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     encoding = None if 'b' in mode else 'utf-8'
@@ -152,46 +162,276 @@ def atomic_write(path, mode='wb'):
             yield f
         os.chmod(f.name, 0o644)
         os.replace(f.name, path)
-    except BaseException:
+    except BaseException as e:
         os.unlink(f.name)
+        # torch.save meets a full disk with a RuntimeError, "unexpected pos"
+        if isinstance(e, OSError) or 'unexpected pos' in str(e):
+            raise UserError(f'{path} was not written ({e}), and what was there is as it was: is '
+                            'the disk full?') from None
         raise
 
 
+def must_be_writable(path):
+    """UserError, before the work, where it could not be written to a file `path` at its end. Its
+    folder is made."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be written ({e}): give another place.') from None
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder, expected the name of a file.')
+
+
+def read(path, hint, open_it):
+    """open_it(path), with one sentence (UserError) for whatever it raises on a file that is
+    missing, damaged or none: libraries raise nearly anything, and name no file."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError('there is no such file')
+        return open_it(path)
+    except Exception as e:
+        why = ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(f'{path} cannot be read ({why:.200}): {hint}.') from None
+
+
+def read_text(path, hint):
+    """A text file -> str, without a byte order mark."""
+    return read(path, hint, lambda path: Path(path).read_text(encoding='utf-8-sig'))
+
+
+def read_json(path, hint):
+    return read(path, hint, lambda path: json.loads(Path(path).read_text(encoding='utf-8')))
+
+
+def read_array(path, hint):
+    """An .npy file of numbers -> its array, a read-only memory map of exactly this file."""
+    def open_it(path):
+        array = np.load(path, mmap_mode='r')
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in 'fi':
+            raise ValueError('it is no array of numbers')
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError('it is longer than its header says')
+        return array
+
+    return read(path, hint, open_it)
+
+
+def read_arrays(path, hint, keys):
+    """The arrays of an .npz file, each with the CRC-32 that is kept beside it."""
+    def open_it(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError('a checksum does not fit')
+        with np.load(path) as arrays:
+            return [arrays[key] for key in keys]
+
+    return read(path, hint, open_it)
+
+
+def not_finite(tree, name=''):
+    """The name of a tensor that holds NaN or infinity, in nested dicts and lists; None is good."""
+    if isinstance(tree, torch.Tensor):
+        bad = tree.is_floating_point() and not tree.isfinite().all()
+        return name if bad else None
+    items = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    if isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    return next(filter(None, (not_finite(x, f'{name} {key}'.strip()) for key, x in items)), None)
+
+
 def save(obj, path):
-    """torch.save, whole or not at all."""
+    """torch.save, whole or not at all. UserError for NaN or infinity in a tensor."""
+    bad = not_finite(obj)
+    if bad:
+        raise UserError(f'{path} was not written, and what was there is as it was: {bad} holds NaN '
+                        'or infinity; lower the learning rate, or look for broken clips.')
     with atomic_write(path) as f:
         torch.save(obj, f)
 
 
-def load(path, hint):
+def load(path, hint, kind=None, keys=()):
     """Open a checkpoint on the CPU; no code in it can run. hint: what to do when it is not there.
-    UserError where it is missing, damaged, or holds more than plain data."""
+    UserError where it is missing, damaged (torch.save keeps a CRC-32 of each of its records, but
+    torch.load does not look), holds more than plain data, is of another kind than `kind`, or lacks
+    one of the keys."""
     if not os.path.exists(path):
         raise UserError(f'{path} is missing: {hint}.')
+    checkpoint = read(path, 'expected a file written by torch.save; get it again', open_checkpoint)
+    if kind and checkpoint.get('kind') != kind:
+        raise UserError(f'{path} holds {checkpoint.get("kind", "something else")}, expected '
+                        f'{kind}: {hint}.')
+    for key in keys:
+        if key not in checkpoint:
+            raise UserError(f'{path} lacks the entry {key}: was it written by another version?')
+    return checkpoint
+
+
+def open_checkpoint(path):
+    with open(path, 'rb') as f:
+        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
+            raise ValueError('damaged: a checksum does not fit')
+        f.seek(0)
+        try:
+            checkpoint = torch.load(f, map_location='cpu', weights_only=True)
+        except Exception as e:
+            # operand 149 begins an ordinary pickle, which torch.save never writes
+            if 'GLOBAL' in str(e) or 'operand 149' in str(e):
+                raise ValueError('it holds something other than plain tensors, and code in it was '
+                                 'not run') from None
+            raise ValueError('damaged, or no checkpoint') from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError('it holds no dict')
+    return checkpoint
+
+
+def sizes(kind, config, path):
+    """A checkpoint's config (dict) -> the dataclass `kind`. UserError where it is not one."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        # operand 149 begins an ordinary pickle, which torch.save never writes
-        if 'GLOBAL' in str(e) or 'operand 149' in str(e):
-            why = 'holds something other than plain tensors (code in it was not run)'
-        else:
-            why = 'is damaged or not a checkpoint'
-        raise UserError(f'{path} {why}: expected a file written by torch.save; '
-                        'get it again.') from None
+        shape = kind(**config)
+        for key, default in kind().__dict__.items():
+            convert(key, getattr(shape, key), default, path)
+    except TypeError:
+        raise UserError(f'{path} holds other sizes than a {kind.__name__}: was it written by '
+                        'another version?') from None
+    return shape
 
 
 def load_named(model, weights, path, missing_ok='$'):
-    """load_state_dict whose complaints are one sentence (UserError). missing_ok: a pattern for the
-    names of tensors that may keep their initial values."""
+    """load_state_dict whose complaints are one sentence (UserError), also about NaN and infinity.
+    missing_ok: a pattern for the names of tensors that may keep their initial values."""
     own = model.state_dict()
+    if not isinstance(weights, dict):
+        raise UserError(f'{path} holds no dict of tensors, expected that of a network.')
     for name, tensor in weights.items():
         if name not in own:
             raise UserError(f'{path} has a tensor {name} that this model has no place for: '
                             'is it another architecture?')
-        if tensor.shape != own[name].shape:
-            raise UserError(f'{path}: tensor {name} is {tuple(tensor.shape)}, '
-                            f'expected {tuple(own[name].shape)}.')
+        shape = tuple(getattr(tensor, 'shape', ()))
+        if shape != own[name].shape or not isinstance(tensor, torch.Tensor):
+            raise UserError(f'{path}: tensor {name} is {shape}, expected {tuple(own[name].shape)}.')
     missing = [k for k in own if k not in weights and not re.fullmatch(missing_ok, k)]
     if missing:
         raise UserError(f'{path} lacks {len(missing)} tensors, the first is {missing[0]}.')
+    bad = not_finite(weights)
+    if bad:
+        raise UserError(f'{path}: tensor {bad} holds NaN or infinity: train it again.')
     model.load_state_dict(weights, strict=False)
+
+
+# -------------------------------------------------------------------------------- a run, and whose
+
+
+# settings that a run may go on with: where things lie (data and tokenizer are known by their
+# hashes), how long it lasts, what it prints, the machine
+MAY_CHANGE = set('data out_dir vq init_from overwrite mask_iters res_iters len_iters vq_iters '
+                 'eval_every vq_eval_every log_every device dtype compile'.split())
+held = []   # open lock files: the system frees them when this process ends, however it ends
+
+
+def hold(folder, name):
+    """Keep every other run that writes <name>*.pt out of the folder, until this process ends.
+    UserError says who is there already."""
+    path = os.path.join(folder, f'.{name}.lock')
+    must_be_writable(path)
+    lock = open(path, 'a+', encoding='utf-8')
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f'{folder} is in use, {lock.read()} writes {name}.pt there: wait for it, '
+                        'or give another --out_dir.') from None
+    except OSError:
+        pass   # a file system without locks
+    lock.truncate(0)
+    print(f'process {os.getpid()} on {socket.gethostname()}', end='', file=lock, flush=True)
+    held.append(lock)
+    for left in glob.glob(os.path.join(glob.escape(folder), f'.{name}*.pt.*.tmp')):
+        os.unlink(left)   # of a run that was killed while it saved
+
+
+def open_run(run, folder, kind, config, keys=(), **identity):
+    """The start of a run that writes <kind>.pt and <kind>_last.pt into a folder: hold it, and look
+    at what is there. Returns the checkpoint to go on from with init_from 'resume', None otherwise.
+
+    config: the settings, which every checkpoint keeps, as it keeps the `identity` (hashes of data
+    and tokenizer). keys: what else the checkpoint to go on from must have. UserError where resume
+    would go on with another run, and where a run from scratch would replace one without
+    --overwrite=True.
+    """
+    if run.main:
+        hold(folder, kind)
+    last, best = (os.path.join(folder, f'{kind}{end}.pt') for end in ('_last', ''))
+    now = {**config, **identity}
+    if config.get('init_from') == 'resume':
+        checkpoint = load(last, 'nothing to resume, leave out --init_from', kind,
+                          ('it', 'model', 'settings', *keys))
+        other = differences(checkpoint, now)
+        if other:
+            raise UserError(f'{last} is of another run ({told(last, checkpoint)}): {other}; give '
+                            'its settings, or start anew with --overwrite=True instead of '
+                            '--init_from=resume.')
+        return checkpoint
+    there = next(filter(os.path.exists, (last, best)), None)
+    if there and not config['overwrite']:
+        checkpoint = load(there, '', kind)
+        other = differences(checkpoint, now)
+        raise UserError(f'{there} is there already ({told(there, checkpoint)}'
+                        f'{"; " if other else ""}{other}): go on with --init_from=resume, replace '
+                        'it with --overwrite=True, or give another --out_dir.')
+    return None
+
+
+def told(path, checkpoint):
+    date = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
+    return f'step {checkpoint.get("it", "unknown")} of {date}'
+
+
+def differences(checkpoint, now):
+    """'lr was 0.001, now 0.002': in what a checkpoint's run differs from the one that starts."""
+    was = {**checkpoint, **checkpoint.get('settings', {})}
+    return ', '.join(f'{key} was {was[key]}, now {now[key]}' for key in now
+                     if key in was and key not in MAY_CHANGE and was[key] != now[key])
+
+
+class Losses:
+    """The losses of the last steps, on the device: to look at each at once would be to wait for a
+    GPU at each. No checkpoint may be written before they are looked at."""
+
+    def __init__(self, names, hint):
+        """names: a function from what `add` was given of a batch to its clips' names. hint: what to
+        do about a loss that is not finite."""
+        self.names = names
+        self.hint = hint
+        self.waiting = []
+
+    def add(self, step, loss, batch):
+        """The loss (a scalar tensor) of a step, and what `names` needs."""
+        self.waiting.append((step, loss.detach(), batch))
+
+    def look(self):
+        """The last loss, a mean over ranks. UserError names the first step whose loss is not
+        finite, and its clips."""
+        values = mean_over_ranks(torch.stack([loss for _, loss, _ in self.waiting]))
+        for (step, _, batch), value in zip(self.waiting, values):
+            self.refuse(step, value, batch)
+        self.last = self.waiting[-1]
+        self.waiting = []
+        return value
+
+    def validated(self, figures):
+        """UserError for figures of a validation, after the last step, that are not finite."""
+        step, _, batch = self.last
+        for value in figures:
+            self.refuse(step, value, batch, 'validation error')
+
+    def refuse(self, step, value, batch, what='loss'):
+        if not math.isfinite(value):
+            names = list(dict.fromkeys(map(str, self.names(batch))))
+            raise UserError(f'The {what} is {value} at step {step}, and nothing was saved since: '
+                            f'{self.hint}, or look at the clips of that batch, '
+                            f'{", ".join(names[:64])}.')

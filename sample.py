@@ -32,7 +32,7 @@ from draw import draw_explained, draw_gif, draw_grid, draw_msd
 from fast import keep_memory
 from generate import decoding_of, load_pipeline
 from motion import SKELETONS, features_to_joints, joints_to_features
-from runtime import setup
+from runtime import must_be_writable, read_array, read_text, setup
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -81,8 +81,6 @@ config = configure(
     dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
-if repeats < 1:
-    raise UserError(f'repeats is {repeats}, expected at least 1.')
 decoding = decoding_of(config)
 if bool(source) != bool(edit or then):
     raise UserError('Editing needs --source=motion.npy and with it --edit=0.4:0.7 or '
@@ -149,8 +147,8 @@ def read_parts(line, where):
     parts = []
     for part in line.split('|'):
         words, mark, frames = part.partition('#')
-        if mark and not frames.strip().isdigit():
-            raise UserError(f"{where}: '{frames}' behind # is not a number of frames; expected "
+        if mark and not re.fullmatch(r'\s*[0-9]{1,5}\s*', frames):
+            raise UserError(f"{where}: '{frames:.60}' behind # is not a number of frames; expected "
                             'text#frames.')
         if not re.search(r'\w', words):
             raise UserError(f'{where}: the prompt is empty: give --prompt="a person walks forward" '
@@ -161,22 +159,18 @@ def read_parts(line, where):
 
 def read_prompts():
     """-> a list of motions, each a list of parts."""
-    if not prompts:
-        return [read_parts(prompt, '--prompt')]
-    if not os.path.exists(prompts):
-        raise UserError(f'{prompts} does not exist: expected a text file with one prompt a line, '
-                        'as text or text#frames.')
-    with open(prompts, encoding='utf-8') as f:
-        lines = f.read().splitlines()
-    return [read_parts(line, f'{prompts}, line {number}')
-            for number, line in enumerate(lines, 1) if line.strip()]
+    jobs = [read_parts(prompt, '--prompt')] if prompt or not prompts else []
+    if prompts:
+        lines = read_text(prompts, 'expected a text file with one prompt a line, as text or '
+                                   'text#frames').splitlines()
+        jobs += [read_parts(line, f'{prompts}, line {number}')
+                 for number, line in enumerate(lines, 1) if line.strip()]
+    return jobs
 
 
 def read_motion(path):
     """Joints (T, J, 3) of this data set's skeleton, unit and fps -> tokens (T // 4, Q)."""
-    if not os.path.exists(path):
-        raise UserError(f'{path} does not exist: expected joints (T, J, 3) as .npy.')
-    joints = np.load(path, allow_pickle=False)
+    joints = read_array(path, 'expected joints (T, J, 3) as .npy')
     expected = (pipe.meta['n_joints'], 3)
     if joints.shape[1:] != expected or len(joints) <= FRAMES_PER_TOKEN:
         raise UserError(f'{path} has shape {joints.shape}, expected (T, {expected[0]}, 3) with more '
@@ -227,6 +221,8 @@ if init_from == 'momask':
                            run.device)
 else:
     pipe = load_pipeline(out_dir, run.device, mask_file)
+folder = samples_dir or os.path.join(out_dir, 'samples')
+must_be_writable(os.path.join(folder, 'grid.gif'))
 longest, fps = pipe.meta['max_frames'], pipe.meta['fps']
 for words, frames in (part for job in jobs for part in job):
     if frames and not FRAMES_PER_TOKEN <= frames <= longest:
@@ -282,8 +278,6 @@ def report(caption, joints):
 
 
 # files
-folder = samples_dir or os.path.join(out_dir, 'samples')
-os.makedirs(folder, exist_ok=True)
 drawn = []
 for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     joints = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit

@@ -115,7 +115,7 @@ def measure(overrides, seed, folder):
         overrides = dict(overrides)
         decoding = {'das_sampling': overrides.pop('das_sampling', False)}
         script('train_mask.py', out_dir=folder, vq=os.path.join(trained, 'vq.pt'), seed=seed,
-               mask_iters=steps, eval_every=steps, **overrides)
+               overwrite=True, mask_iters=steps, eval_every=steps, **overrides)
         script('eval_t2m.py', out_dir=folder, evaluator=os.path.join(trained, 'evaluator.pt'),
                split='val', repeats=repeats, mm_batches=0, eval_json=result, **decoding)
     with open(result) as f:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
-from runtime import atomic_write
+from runtime import atomic_write, read_arrays
 
 DIM = 512
 
@@ -57,7 +57,7 @@ def encode(captions, encoder, text='sentence', nodes=None, cache=None, device='c
     encoder: 'clip' or 'hash'. text: 'sentence', 'clauses', 'words' or 'graph', for which nodes has
     a list of (str, role) for each caption. cache: a folder in which CLIP's vectors are kept, so
     that only new captions are computed. tower: takes the place of `clip_tower` (tests). UserError:
-    no weights.
+    no weights, or (hash) a caption without a word, which would be no condition at all.
     """
     tower = tower or clip_tower
     if encoder == 'clip' and text == 'words':
@@ -71,6 +71,11 @@ def encode(captions, encoder, text='sentence', nodes=None, cache=None, device='c
     place = {piece: 1 + i for i, piece in enumerate(dict.fromkeys(sum(parts, [])))}
     if encoder == 'hash':
         vectors = hash_encode(list(place))   # 20,000 captions a second: not worth a file
+        heard = dict(zip(place, vectors.any(1).tolist()))
+        for caption in captions:
+            if not heard[caption]:
+                raise UserError(f"'{caption:.80}' has no word that the hash encoder hears, which "
+                                'reads a-z and 0-9: say it in English, or use --text_encoder=clip.')
     else:
         vectors = cached_encode(list(place), cache, tower, device)
     rows = [torch.tensor([place[piece] for piece in part]) for part in parts]
@@ -136,8 +141,12 @@ def cached_encode(captions, cache, make_tower, device):
     path = os.path.join(cache, 'text_clip.npz') if cache else None
     known = {}
     if path and os.path.exists(path):
-        with np.load(path) as f:
-            known = dict(zip(f['captions'].tolist(), f['vectors']))
+        again = 'delete it, it is made again'
+        captions_there, vectors = read_arrays(path, again, ('captions', 'vectors'))
+        good = vectors.shape == (captions_there.size, DIM) and vectors.dtype == np.float32
+        if not good or captions_there.dtype.kind != 'U' or not np.isfinite(vectors).all():
+            raise UserError(f'{path} holds no vectors of captions: {again}.')
+        known = dict(zip(captions_there.tolist(), vectors))
 
     new = sorted(set(captions) - set(known))
     if new:

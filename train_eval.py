@@ -25,7 +25,7 @@ from tqdm import tqdm
 from configurator import configure
 from data import Clips, load_meta
 from evaluator import Evaluator, Words, fid, r_precision
-from runtime import atomic_write, setup
+from runtime import Losses, atomic_write, must_be_writable, open_run, setup
 
 # -----------------------------------------------------------------------------
 data = 'toy'             # data set under data/
@@ -47,6 +47,7 @@ ev_lr = 5e-4             # peak learning rate of both stages: warm-up, then cosi
 ev_weight_decay = 1e-2
 ev_eval_every = 100      # steps between validations; the best on val is kept
 ev_test_only = False     # skip training: load evaluator.pt and print the evidence
+overwrite = False        # train although an evaluator.pt is there
 config = configure(globals(), device=('auto', 'cpu', 'cuda'),
                    dtype=('auto', 'float32', 'bfloat16'))
 # -----------------------------------------------------------------------------
@@ -57,6 +58,9 @@ if ev_test_only:
     ev_ae_steps = ev_steps = 0
 clock = time.time()
 run = setup(device, dtype, seed)   # seeds the weights
+must_be_writable(os.path.join(out_dir, 'evaluator.json'))
+if not ev_test_only:
+    open_run(run, out_dir, 'evaluator', config)
 generator = torch.Generator().manual_seed(seed)   # of clips, captions and crops
 
 _, mean, std = load_meta(data_dir)
@@ -85,13 +89,14 @@ def draw(clips, size, generator, crop):
 
 def training_batch():
     """ev_batch random clips, cropped as in the field -> normalized motion (B, T, D) with zeros
-    behind each end, lengths (B,), tokens (B strings), match (B, B): is text i one of clip j's?"""
+    behind each end, lengths (B,), tokens (B strings), match (B, B): is text i one of clip j's?, and
+    the clips' numbers."""
     motions, texts, tokens, clip = draw(train, ev_batch, generator, crop=True)
     x = [model.normalize(torch.from_numpy(motion).to(run.device)) for motion in motions]
     x = F.pad(pad_sequence(x, batch_first=True), (0, 0, 0, 4))
     lengths = torch.tensor([len(motion) for motion in motions])
     match = [[text in texts_of_clip[j] for j in clip] for text in texts]
-    return x, lengths, tokens, torch.tensor(match, device=run.device)
+    return x, lengths, tokens, torch.tensor(match, device=run.device), clip
 
 
 def all_pairs(clips):
@@ -114,6 +119,8 @@ def update(opt, loss, step, steps):
     opt.step()
 
 
+losses = Losses(lambda clip: train.split.names[clip], 'lower --ev_lr')
+
 # stage 1: the movement encoder learns to be decodable; the decoder is thrown away
 decoder = nn.Sequential(
     nn.Conv1d(ev_code, ev_movement, 3, 1, 1), nn.LeakyReLU(0.2),
@@ -123,7 +130,7 @@ params = [*model.movement_encoder.parameters(), *decoder.parameters()]
 opt = torch.optim.AdamW(params, weight_decay=ev_weight_decay)
 bar = tqdm(range(ev_ae_steps), desc='1 autoencoder', mininterval=1)
 for step in bar:
-    x, lengths, _, _ = training_batch()
+    x, lengths, _, _, clip = training_batch()
     with run.autocast():
         z = model.movement_encoder(x[..., :-4])   # (B, T // 4, code)
         decoded = decoder(z.transpose(1, 2)).transpose(1, 2).float()
@@ -133,7 +140,9 @@ for step in bar:
     jumps = (z[:, 1:] - z[:, :-1]).abs().mean()
     loss = reconstruction + 1e-3 * z.abs().mean() + 1e-3 * jumps   # Guo et al.'s weights
     update(opt, loss, step, ev_ae_steps)
+    losses.add(step + 1, loss, clip)
     if step % 20 == 0:
+        losses.look()
         bar.set_postfix(reconstruction=f'{reconstruction.item():.4f}')
 
 
@@ -155,20 +164,22 @@ motions, texts, tokens = all_pairs(val)
 best = -1.0
 for step in tqdm(range(ev_steps), desc='2 matching', mininterval=1):
     model.train()
-    x, lengths, captions, match = training_batch()
+    x, lengths, captions, match, clip = training_batch()
     word, tag, n_words = words.encode(captions)
     with run.autocast():
         text = model.text_encoder(word.to(run.device), tag.to(run.device), n_words)
         motion = model.encode_motion(x, lengths)
     loss = matching_loss(text.float(), motion.float(), match)
     update(opt, loss, step, ev_steps)
+    losses.add(step + 1, loss, clip)
     if (step + 1) % ev_eval_every == 0 or step + 1 == ev_steps:
+        losses.look()
         top = r_precision(model.embed_text(tokens), embed(motions), min(32, len(val)), texts)
         tqdm.write(f'step {step + 1}: loss {loss.item():.3f}, '
                    f'val top-1 {top[0]:.3f} top-2 {top[1]:.3f} top-3 {top[2]:.3f}')
         if top.mean() >= best:
             best = top.mean()
-            model.save(path, trained=dict(config, step=step + 1))
+            model.save(path, settings=config, it=step + 1)
 
 
 def warp(x, strength, phase):

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 import hgm3
 from configurator import UserError, configure
-from data import FRAMES_PER_TOKEN, Tokens, by_length, load_meta, load_split, tokenize
+from data import (FRAMES_PER_TOKEN, Tokens, by_length, fingerprint, load_meta, load_split,
+                  tokenize)
 from fast import keep_memory
 from hgm3 import HardTokenMining, hard_share, show
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
-from runtime import count_flops, leave, load, lr_at, mean_over_ranks, save, setup
+from runtime import Losses, count_flops, leave, load_named, lr_at, open_run, save, setup
 from text import encode
 from vq import load_tokenizer
 
@@ -36,6 +37,7 @@ out_dir = ''                 # '' is out/<data>
 vq = ''                      # tokenizer checkpoint, '' is out_dir/vq.pt
 stage = 'mask'               # 'mask' | 'res' | 'len'
 init_from = 'scratch'        # 'scratch' | 'resume': go on from <stage>_last.pt
+overwrite = False            # from scratch also where checkpoints of this stage are
 text_encoder = 'clip'        # 'clip' | 'hash', see text.py
 text = 'clauses'             # 'sentence' (MoMask, DynMask) | 'clauses' | 'words' | 'graph' (HGM3)
 seed = 0
@@ -120,12 +122,17 @@ if tokenizer.config.dim != meta['dim']:
                     'it was trained on another data set.')
 if Q < 2 and stage == 'res':
     raise UserError(f'{vq} has one quantizer: there are no residual layers to train.')
+identity = dict(data_hash=fingerprint(folder), vq_hash=vq_hash)
+last = open_run(run, out_dir, stage, config, ('best', 'history', 'pending', 'optimizers',
+                                              'generator', 'rng', 'device', 'miner'), **identity)
 
 
 def open_tokens(name, split):
     ids = tokenize(tokenizer, split, os.path.join(folder, f'tokens_{vq_hash}_{name}.npy'),
                    run.device)
     captions = [caption['text'] for caption in split.captions]
+    if not captions:
+        raise UserError(f'{folder}/{name}_captions.json is empty: text is what this learns from.')
     nodes = None
     if text == 'graph':
         nodes = [hgm3.graph(caption['tokens']) for caption in split.captions]
@@ -270,7 +277,7 @@ def evaluate():
 def checkpoint(name, **more):
     if run.main:
         saved = dict(kind=stage, config=shape and asdict(shape), model=model.state_dict(),
-                     settings=config, meta=meta, vq=os.path.abspath(vq), vq_hash=vq_hash, tags=tags,
+                     settings=config, meta=meta, vq=os.path.abspath(vq), tags=tags, **identity,
                      teacher=miner and miner.teacher.state_dict(), **more)
         save(saved, os.path.join(out_dir, name))
 
@@ -297,21 +304,14 @@ cfs_now, hard_now = cfs_share, hard_first
 history = []
 pending = []   # batches of captions that are drawn, and not yet used
 flops = flops_of_a_token()
-if init_from == 'resume':
+if last:
     path = os.path.join(out_dir, f'{stage}_last.pt')
-    last = load(path, 'nothing to resume, leave out --init_from')
     if last['device'] != run.device[:4]:
         raise UserError(f"{path} was written on {last['device']}, this is {run.device}: random "
                         'states do not carry over.')
-    if last['vq_hash'] != vq_hash:
-        raise UserError(f'{path} was trained on the tokens of another tokenizer than {vq}: train '
-                        'it from scratch.')
-    if last['config'] != (shape and asdict(shape)):
-        raise UserError(f'{path} is a model of another config ({last["config"]}), this run asks '
-                        f'for {shape and asdict(shape)}.')
-    model.load_state_dict(last['model'])
+    load_named(model, last['model'], path)
     if miner:
-        miner.load_state_dict(last['miner'])
+        load_named(miner, last['miner'], path)
     for optim, state in zip(optimizers, last['optimizers'], strict=True):
         optim.load_state_dict(state)
     run.generator.set_state(last['generator'])
@@ -333,6 +333,7 @@ if run.main:
           f'{run.dtype}, {run.peak / 1e12:.2f} TFLOP/s in a plain product')
 
 # train
+losses = Losses(lambda captions: train_split.names[train.clip_of[captions].cpu()], 'lower --lr')
 clock, since, tokens = time.perf_counter(), it0, 0
 bar = tqdm(range(it0, iters), initial=it0, total=iters, disable=not run.main, desc=stage,
            mininterval=1)
@@ -348,7 +349,8 @@ for it in bar:
         groups = by_length(train.length[train.clip_of[pool]], batch_size)
         order = random.Random(seed * 1_000_003 + it).sample(range(POOL), POOL)
         pending = [pool[groups[i]] for i in order]
-    batch = train.batch(pending.pop(), run.generator, WIDTH)
+    captions = pending.pop()
+    batch = train.batch(captions, run.generator, WIDTH)
 
     with run.autocast():
         loss = compute_loss(net, *batch, rows, generator=run.generator)
@@ -363,31 +365,33 @@ for it in bar:
         miner.update_teacher()
 
     tokens += batch[-1].numel()
-    if (it + 1) % log_every == 0:
-        loss = mean_over_ranks(loss)
+    losses.add(it + 1, loss, captions)
+    logs = (it + 1) % log_every == 0
+    saves = (it + 1) % eval_every == 0 or it + 1 == iters
+    if logs or saves:
+        loss = losses.look()
+    if logs:
         history.append((it + 1, loss))
-        if not math.isfinite(loss):
-            raise UserError(f'The loss is {loss} at step {it}: lower --lr, or look for broken '
-                            'clips.')
         seconds = time.perf_counter() - clock
         rate = (it + 1 - since) * batch_size / seconds
         mfu = tokens / seconds * flops / run.world / run.peak
         bar.set_postfix_str(f'loss {loss:.3f}, {rate:.0f} samples/s, MFU {mfu:.0%}')
         clock, since, tokens = time.perf_counter(), it + 1, 0
 
-    if (it + 1) % eval_every == 0 or it + 1 == iters:
-        losses = evaluate()
-        mean = sum(losses.values()) / len(losses)
+    if saves:
+        val_losses = evaluate()
+        mean = sum(val_losses.values()) / len(val_losses)
+        losses.validated([mean])
         if mean < best:
             best = mean
-            checkpoint(f'{stage}.pt', it=it + 1, val=losses)
+            checkpoint(f'{stage}.pt', it=it + 1, val=val_losses)
         cuda_rng = {} if run.device == 'cpu' else {'cuda_rng': torch.cuda.get_rng_state()}
         checkpoint(f'{stage}_last.pt', it=it + 1, best=best, history=history, pending=pending,
                    optimizers=[optim.state_dict() for optim in optimizers],
                    generator=run.generator.get_state(), rng=torch.get_rng_state(),
                    device=run.device[:4], miner=miner and miner.state_dict(), **cuda_rng)
         if run.main:
-            figures = ', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())
+            figures = ', '.join(f'{name} {loss:.3f}' for name, loss in val_losses.items())
             tqdm.write(f'step {it + 1}: val cross-entropy {figures}')
         clock, since, tokens = time.perf_counter(), it + 1, 0
 

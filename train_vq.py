@@ -20,16 +20,18 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, configure
-from data import FRAMES_PER_TOKEN, Windows, load_meta, load_split, tokenize
+from data import FRAMES_PER_TOKEN, Windows, fingerprint, load_meta, load_split, tokenize
 from fast import keep_memory
 from motion import SKELETONS, features_to_joints
-from runtime import count_flops, leave, load, lr_at, mean_over_ranks, save, setup
+from runtime import (Losses, count_flops, leave, load_named, lr_at, mean_over_ranks, open_run, save,
+                     setup)
 from vq import RVQVAE, VQConfig, load_tokenizer
 
 # -----------------------------------------------------------------------------
 data = 'toy'                 # data/<data>/, from prepare_data.py
 out_dir = ''                 # '' is out/<data>
 init_from = 'scratch'        # 'scratch' | 'resume': go on from vq_last.pt
+overwrite = False            # from scratch also where a tokenizer is
 seed = 0
 # model, MoMask's sizes
 n_codes = 512                # V, codes per quantizer
@@ -50,6 +52,7 @@ weight_decay = 0.0
 grad_clip = 1.0
 w_position = 0.5             # weight of the joint position term
 w_foot = 0.0                 # weight of the foot term, see `foot_steps`; MoMask has none
+w_heading = 0.0              # weight of the heading term, see `heading_error`; MoMask has none
 w_commit = 0.02              # MoMask's beta; its term is the mean over quantizers here
 vq_eval_every = 1000
 log_every = 50               # the loss is fetched from the device only then
@@ -74,6 +77,9 @@ if vq_batch % run.world:
 
 # data
 meta, mean, std = load_meta(folder)
+data_hash = fingerprint(folder)
+last = open_run(run, out_dir, 'vq', config, ('best', 'history', 'optimizer', 'generator'),
+                data_hash=data_hash)
 train, val = load_split(folder, 'train'), load_split(folder, 'val')
 train_windows = Windows(train, window_frames, run.device)
 val_windows = Windows(val, window_frames, run.device)
@@ -94,9 +100,10 @@ if run.world > 1:
     net = DDP(net, broadcast_buffers=False)
 
 
-def get_batch(windows, generator):
-    """This rank's rows of a global batch, (vq_batch / world, window_frames, D) normalized."""
-    return model.normalize(windows.batch(vq_batch, generator, run.rank, run.world))
+def get_batch(windows, first):
+    """This rank's rows of the global batch whose first frames are given (B,), (B / world,
+    window_frames, D) normalized."""
+    return model.normalize(windows.batch(first.view(run.world, -1)[run.rank]))
 
 
 def foot_steps(features):
@@ -125,6 +132,14 @@ def foot_error(x, y):
     return (error * stands).sum() / stands.sum().clamp(min=1)
 
 
+def heading_error(x, y):
+    """How far reconstructions y face from where the real motions x do, in radians, mean over
+    frames. Both (B, T, D), normalized. Few clips turn, so to the loss of 263 features turning is
+    nothing: toy's tokenizer had forgotten it after 1,000 steps."""
+    half_turn = model.denormalize(y)[..., 0] - model.denormalize(x)[..., 0]
+    return 2 * half_turn.cumsum(1).abs().mean()
+
+
 def compute_loss(net, x, n_active=None):
     """MoMask Eq 2 with smooth L1: x (B, T, D) -> loss, reconstruction (B, T, D), ids, residuals."""
     with run.autocast():
@@ -135,6 +150,8 @@ def compute_loss(net, x, n_active=None):
     loss = loss + w_position * F.smooth_l1_loss(y[..., position], x[..., position])
     if w_foot:
         loss = loss + w_foot * foot_error(x, y)
+    if w_heading:
+        loss = loss + w_heading * heading_error(x, y)
     return loss + w_commit * commit, y, ids, seen
 
 
@@ -148,7 +165,7 @@ def evaluate(batches=4):
     error = 0.0
     foot = 0.0
     for _ in range(batches):
-        x = get_batch(val_windows, g)
+        x = get_batch(val_windows, val_windows.draw(vq_batch, g))
         loss, y, _, _ = compute_loss(net, x)
         real = features_to_joints(model.denormalize(x).cpu(), J)
         ours = features_to_joints(model.denormalize(y).cpu(), J)
@@ -163,7 +180,7 @@ def evaluate(batches=4):
 def checkpoint(name, **more):
     if run.main:
         saved = dict(kind='vq', config=asdict(model.config), model=model.state_dict(),
-                     settings=config, meta=meta, **more)
+                     settings=config, meta=meta, data_hash=data_hash, **more)
         save(saved, os.path.join(out_dir, name))
 
 
@@ -181,20 +198,16 @@ it0 = 0
 best = math.inf
 history = []
 flops = flops_of_a_window()
-if init_from == 'resume':
-    last = load(os.path.join(out_dir, 'vq_last.pt'), 'nothing to resume, leave out --init_from')
-    if last['config'] != asdict(shape):
-        raise UserError(f'{out_dir}/vq_last.pt was trained with {last["config"]}, this run asks '
-                        f'for {asdict(shape)}.')
-    model.load_state_dict(last['model'])
+if last:
+    load_named(model, last['model'], os.path.join(out_dir, 'vq_last.pt'))
     optimizer.load_state_dict(last['optimizer'])
     run.generator.set_state(last['generator'])
     it0, best, history = last['it'], last['best'], last['history']
 else:
     per_batch = vq_batch * window_frames // FRAMES_PER_TOKEN
     enough = vq_batch * math.ceil(n_codes / per_batch)   # windows with a token per code
-    first = train_windows.batch(enough, run.generator, run.rank, run.world)
-    model.init_codebooks(model.normalize(first), run.generator)
+    first = train_windows.draw(enough, run.generator)
+    model.init_codebooks(get_batch(train_windows, first), run.generator)
 if run.main:
     n_params = sum(p.numel() for p in model.parameters())
     print(f'{data}: {len(train)} clips, {len(train_windows)} windows; tokenizer '
@@ -202,6 +215,7 @@ if run.main:
           f'{run.peak / 1e12:.2f} TFLOP/s in a plain product')
 
 # train
+losses = Losses(train.names_at, 'lower --vq_lr')
 layer_count = torch.arange(n_quantizers + 1, device=run.device)   # as a tensor: one graph for all
 clock, since = time.perf_counter(), it0
 bar = tqdm(range(it0, vq_iters), initial=it0, total=vq_iters, disable=not run.main,
@@ -216,7 +230,8 @@ for it in bar:
     if rng.random() < quantize_dropout:
         n_active = rng.randint(1, n_quantizers)
 
-    x = get_batch(train_windows, run.generator)
+    first = train_windows.draw(vq_batch, run.generator)
+    x = get_batch(train_windows, first)
     loss, _, ids, seen = compute_loss(net, x, layer_count[n_active])
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -224,19 +239,21 @@ for it in bar:
     optimizer.zero_grad(set_to_none=True)
     model.update_codebooks(ids, seen, n_active, run.generator)
 
-    if (it + 1) % log_every == 0:
-        loss = mean_over_ranks(loss)
+    losses.add(it + 1, loss, first)
+    logs = (it + 1) % log_every == 0
+    saves = (it + 1) % vq_eval_every == 0 or it + 1 == vq_iters
+    if logs or saves:
+        loss = losses.look()
+    if logs:
         history.append((it + 1, loss))
-        if not math.isfinite(loss):
-            raise UserError(f'The loss is {loss} at step {it}: look for broken clips, or lower '
-                            '--vq_lr.')
         rate = (it + 1 - since) * vq_batch / (time.perf_counter() - clock)
         mfu = rate * flops / run.world / run.peak
         bar.set_postfix_str(f'loss {loss:.4f}, {rate:.0f} windows/s, MFU {mfu:.0%}')
         clock, since = time.perf_counter(), it + 1
 
-    if (it + 1) % vq_eval_every == 0 or it + 1 == vq_iters:
+    if saves:
         val_loss, mm, foot = evaluate()
+        losses.validated([val_loss, mm, foot])
         if val_loss < best:
             best = val_loss
             checkpoint('vq.pt', it=it + 1, mpjpe=mm, foot=foot)

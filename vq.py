@@ -14,10 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError
 from data import FRAMES_PER_TOKEN, equal_lengths
 from msd import gumbel_like
-from runtime import gather, load, load_named
+from runtime import gather, load, load_named, sizes
 
 
 @dataclass
@@ -243,9 +242,8 @@ class RVQVAE(nn.Module):
 
 def load_tokenizer(path):
     """Open what train_vq.py wrote."""
-    checkpoint = load(path, 'run `python train_vq.py` with this config first')
-    if not isinstance(checkpoint, dict) or checkpoint.get('kind') != 'vq':
-        raise UserError(f'{path} is not a tokenizer of train_vq.py: expected its vq.pt.')
-    model = RVQVAE(VQConfig(**checkpoint['config']))
+    checkpoint = load(path, 'run `python train_vq.py` with this config first', 'vq',
+                      ('config', 'model'))
+    model = RVQVAE(sizes(VQConfig, checkpoint['config'], path))
     load_named(model, checkpoint['model'], path)
     return model.eval()

@@ -7,11 +7,12 @@ vq_width = 256
 code_dim = 256
 n_codes = 512
 n_quantizers = 6
-vq_iters = 3000
+vq_iters = 1500
 vq_batch = 96
-vq_lr = 5e-4
+vq_lr = 1e-3
 vq_warmup = 100
 w_foot = 2.5                 # standing feet slide half as far: RESULTS.md
+w_heading = 1.0
 vq_eval_every = 500
 # transformers
 latent = 256

@@ -23,3 +23,4 @@ res_draw = 'release'
 cond_scale = 4.0
 res_scale = 5.0
 w_foot = 0.0
+w_heading = 0.0

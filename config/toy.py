@@ -11,6 +11,7 @@ vq_batch = 64
 vq_lr = 2e-3
 vq_warmup = 50
 w_foot = 2.0
+w_heading = 1.0
 vq_eval_every = 500
 # transformers
 latent = 192

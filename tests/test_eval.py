@@ -134,7 +134,7 @@ def test_save_load_round_trip(model, tmp_path):
     with pytest.raises(UserError, match='no.pt is missing'):
         Evaluator.load(tmp_path / 'no.pt')
     torch.save({'model': 1}, tmp_path / 'other.pt')
-    with pytest.raises(UserError, match='other.pt is no evaluator checkpoint'):
+    with pytest.raises(UserError, match='other.pt holds something else, expected evaluator'):
         Evaluator.load(tmp_path / 'other.pt')
 
 
