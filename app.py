@@ -22,13 +22,13 @@ import torch
 
 import momask
 import msd
-from configurator import UserError, configure
+from configurator import RANGES, UserError, configure
 from data import FRAMES_PER_TOKEN
 from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
 from fast import keep_memory
 from generate import load_pipeline
 from motion import SKELETONS, features_to_joints
-from runtime import setup
+from runtime import read_text, setup
 
 # -----------------------------------------------------------------------------
 host = '127.0.0.1'           # '0.0.0.0' shows the page to the whole network
@@ -65,7 +65,7 @@ except ImportError:
 
 try:
     socket.create_server((host, port)).close()
-except (OSError, OverflowError) as error:
+except OSError as error:
     raise UserError(f'The page cannot be at {host}:{port} ({error}): give another --port, or leave '
                     '--host out.') from None
 
@@ -83,8 +83,8 @@ else:
     pipe = load_pipeline(out_dir, run.device, mask_file)
 fps = pipe.meta['fps']
 skeleton = SKELETONS[pipe.meta['skeleton']]
-with open(examples, encoding='utf-8') as f:
-    example_prompts = [line.partition('#')[0].strip() for line in f if line.strip()]
+lines = read_text(examples, 'expected one prompt a line').splitlines()
+example_prompts = [line.partition('#')[0].strip() for line in lines if line.strip()] or ['']
 
 shown = []                   # the motions on the page
 poses = []                   # a function for each that moves its body to a frame
@@ -258,7 +258,7 @@ example_menu = server.gui.add_dropdown('Examples', example_prompts)
 length_slider = server.gui.add_slider(
     'Seconds', 0.0, pipe.n_max * FRAMES_PER_TOKEN / fps, FRAMES_PER_TOKEN / fps, 0.0,
     hint='0: as long as the length estimator thinks that it takes')
-seed_box = server.gui.add_number('Seed', seed, min=0, max=2**32 - 1, step=1)
+seed_box = server.gui.add_number('Seed', seed, *RANGES['seed'], step=1)
 guidance_slider = server.gui.add_slider(
     'Guidance', min(0.0, cond_scale), max(10.0, cond_scale), 0.5, cond_scale)
 steps_slider = server.gui.add_slider('Steps', 1, max(30, steps), 1, steps)

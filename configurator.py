@@ -26,6 +26,7 @@ given = set()   # keys that a config file or the command line has set
 # all memory: --window=1000 took 20 GB.
 RANGES = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),   # numpy's
+    (0, 2**16 - 1, 'port'),
     # counts
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
                'ev_eval_every repeats seeds rounds clips overlap'),
