@@ -25,6 +25,7 @@ given = set()   # keys that a config file or the command line has set
 # need only be finite. A slip of the finger shall not take all memory: --window=1000 did.
 RANGES = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),   # numpy's
+    (0, 2**16 - 1, 'port'),
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
                'ev_eval_every repeats seeds rounds clips overlap'),
     (0, 10**9, 'ev_ae_steps warmup vq_warmup motion_steps action_steps max_clips mm_batches warm'),
