@@ -49,8 +49,11 @@ def sentence(work, *words):
 def settings_of(script):
     """Its globals down to `configure`, with nothing imported."""
     with open(os.path.join(PROJECT, f'{script}.py'), encoding='utf-8') as f:
-        block = f.read().split('\n# ---')[1].split('configure(')[0]
-    lines = [line for line in block.splitlines() if re.match(r'(?!config)\w+ = ', line)]
+        block = f.read().split('\n# ---')[1]
+    if 'config/decoding.py' in block:
+        with open(os.path.join(PROJECT, 'config', 'decoding.py'), encoding='utf-8') as f:
+            block = f.read() + block
+    lines = [line for line in block.splitlines() if re.match(r'(?!config = )\w+ = ', line)]
     found = {}
     exec('\n'.join(lines), found)
     del found['__builtins__']
@@ -628,7 +631,9 @@ def test_options_of_official_checkpoints(tmp_path, opt):
         weights = {'input_process.poseEmbedding.weight': torch.ones(12, 3),
                    'seqTransEncoder.layers.0.linear1.weight': torch.ones(4, 12),
                    'cond_emb.weight': torch.ones(12, 5)}
-        momask.transformer_config(weights, 'x.tar', options)
+        os.makedirs(tmp_path / 't2m' / 'x' / 'model', exist_ok=True)
+        torch.save({'trans': weights}, tmp_path / 't2m' / 'x' / 'model' / 'x.tar')
+        momask.transformer_config(momask.Checkpoint(tmp_path, 't2m', 'x', 'x.tar', 'trans'), options)
 
     sentence(heads, 'opt.txt')
 

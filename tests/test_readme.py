@@ -31,7 +31,10 @@ def text_of(path):
 def settings_of(script):
     """The lines between a script's two rules, as a program; '' where it has none."""
     parts = text_of(script).split('\n# ---', 2)
-    return parts[1].partition('\n')[2] if len(parts) == 3 and 'configure(' in parts[1] else ''
+    if len(parts) < 3 or 'configure(' not in parts[1]:
+        return ''
+    shared = text_of('config/decoding.py') if 'config/decoding.py' in parts[1] else ''
+    return shared + parts[1].partition('\n')[2]
 
 
 SCRIPTS = [name for name in sorted(os.listdir(PROJECT)) if name.endswith('.py') and settings_of(name)]
