@@ -128,8 +128,8 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
             once = ['--repeats=1'] if script == 'eval_t2m.py' else []
             code, out, err = run_script(tmp_path, script, *arguments, *once)
             assert code == 0, f'{" ".join(words)}\n{out}{err}'
+            assert all(os.path.exists(path) for path in made), words
         done.append(words[1:])
-        assert all(os.path.exists(path) for path in made), words
         if script == 'sample.py':            # three motions that a user has by now
             motion = sorted(glob.glob('out/toy/samples/*.npy'))[0]
             for name in ('walk.npy', 'a.npy', 'b.npy'):
