@@ -168,6 +168,8 @@ def read_prompts():
                                    'text#frames').splitlines()
         jobs += [read_parts(line, f'{prompts}, line {number}')
                  for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise UserError(f'{prompts} holds no prompt: expected one a line.')
     return jobs
 
 
@@ -175,9 +177,10 @@ def read_motion(path):
     """Joints (T, J, 3) of this data set's skeleton, unit and fps -> tokens (T // 4, Q)."""
     joints = read_array(path, 'expected joints (T, J, 3) as .npy')
     expected = (pipe.meta['n_joints'], 3)
-    if joints.shape[1:] != expected or len(joints) <= FRAMES_PER_TOKEN:
-        raise UserError(f'{path} has shape {joints.shape}, expected (T, {expected[0]}, 3) with more '
-                        f'than {FRAMES_PER_TOKEN} frames.')
+    good = joints.shape[1:] == expected and np.isfinite(joints).all()
+    if not good or len(joints) <= FRAMES_PER_TOKEN:
+        raise UserError(f'{path} has shape {joints.shape}, expected finite (T, {expected[0]}, 3) '
+                        f'with more than {FRAMES_PER_TOKEN} frames.')
     joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up a frame
     features = joints_to_features(joints, SKELETONS[pipe.meta['skeleton']],
                                   contact_threshold=pipe.meta.get('contact_threshold'),
@@ -189,7 +192,7 @@ def read_spans(text, n):
     """'0.4:0.7' or '40:80,120:140' of a motion of n tokens -> [(first, end)] in tokens."""
     spans = []
     for span in text.split(','):
-        match = re.fullmatch(r'([\d.]+):([\d.]+)', span.strip())
+        match = re.fullmatch(r'(\d*\.?\d+):(\d*\.?\d+)', span.strip())
         if not match:
             raise UserError(f"edit is '{text}', expected shares or frames like 0.4:0.7 or 40:80.")
         shares = '.' in span
