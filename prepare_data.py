@@ -35,7 +35,7 @@ from scipy.interpolate import interp1d
 from tqdm import tqdm
 
 import toy
-from bvh import bvh_to_joints, read_bvh
+from bvh import FASTEST, bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
 from data import FRAMES_PER_TOKEN, LARGEST, mean_std, save_meta, save_split
 from motion import SKELETONS, joints_to_features, mirror, resample
@@ -553,7 +553,7 @@ def own_joints(path, maps, fps):
             raise UserError(f'.npy file of shape {world.shape}, expected joints (T, J, 3)')
         names = [str(j) for j in range(world.shape[1])]
         maps = maps or IN_ORDER
-    if len(world) < 2 or not np.isfinite(world).all():
+    if len(world) < 2 or not (np.abs(world) < LARGEST).all():
         raise UserError('a single frame, or NaN or infinity in joints')
     joints, how = place_joints(world, names, maps)
     return joints, fps, how
@@ -636,7 +636,7 @@ def prepare_folder(folder, name, args):
              if path.suffix.lower() in ('.bvh', '.npy') and path.is_file()]
     if not files:
         raise UserError(f'{src} holds no .bvh or .npy file')
-    if fps < 1 and any(path.suffix.lower() == '.npy' for path in files):
+    if not 1 <= fps <= FASTEST and any(path.suffix.lower() == '.npy' for path in files):
         raise UserError(f'{src} holds .npy files, which do not tell their frame rate: give --fps')
     maps = {args.joints: read_joint_names(args.joints)} if args.joints else None
     leg, metres, up = unit_and_up(files, maps, fps)
