@@ -126,7 +126,7 @@ def transformer_config(official, opt, **known):
     _, text_dim = official.shape('cond_emb.weight')
     n_layers = official.count(r'seqTransEncoder\.layers\.(\d+)\.')
     n_heads = int(opt['n_heads'])
-    if n_heads < 1 or latent % n_heads:
+    if latent % n_heads:
         raise UserError(f'{official.path}: {n_heads} heads do not divide its width {latent}: '
                         'opt.txt is of another model.')
     return ModelConfig(latent=latent, ff=ff, text_dim=text_dim, n_heads=n_heads, n_layers=n_layers,
@@ -190,7 +190,7 @@ def read_opt(root, dataset, name):
     path = os.path.join(root, dataset, name, 'opt.txt')
     text = read_text(path, LAYOUT)
     opt = dict(line.strip().split(': ', 1) for line in text.splitlines() if ': ' in line.strip())
-    for key, form in (('n_heads', r'[0-9]{1,4}'), ('vq_name', r'[^\0/]+')):
+    for key, form in (('n_heads', r'[1-9][0-9]{0,3}'), ('vq_name', r'[^\0/]+')):
         if not re.fullmatch(form, opt.get(key, '')):
             raise UserError(f'{path} has no line "{key}: ..." that makes sense: it is damaged, or '
                             'of another model.')

@@ -31,13 +31,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy.interpolate import interp1d
 from tqdm import tqdm
 
 import toy
-from bvh import bvh_to_joints, read_bvh
+from bvh import FASTEST, bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
 from data import FRAMES_PER_TOKEN, LARGEST, mean_std, save_meta, save_split
+from foreign import own_joints, read_joint_names, unit, unit_and_up, upright
 from motion import SKELETONS, joints_to_features, mirror, resample
 from runtime import read, read_array, read_json, read_text
 
@@ -491,94 +491,6 @@ def prepare_babel(folder, src):
 
 # --------------------------------------------- folder: BVH files or .npy joints that are one's own
 
-JOINT_NAMES = json.loads(Path(HERE, 'config', 'joint_names.json').read_text(encoding='utf-8'))
-IN_ORDER = {'SMPL': {name: str(j) for j, name in enumerate(SMPL.names)}}   # of an .npy's joints
-UNITS = {'m': 1.0, 'cm': 0.01, 'mm': 0.001}
-LEG = (0.5, 1.3)   # metres from hip to ankle along the bones: from children to giants
-TRIED = 20         # files that are looked at for unit and axes
-
-
-def unit(text):
-    """'cm' or '0.0564' -> metres."""
-    metres = UNITS.get(text) or float(text)
-    if not 0 < metres < math.inf:
-        raise ValueError
-    return metres
-
-
-def plain(name):
-    """A name without prefix, case and marks: 'mixamorig:LeftUpLeg' -> 'leftupleg', 'm_avg_L_Hip' ->
-    'lhip'."""
-    return re.sub(r'^.*:|^mixamorig\d*|^[mf]_avg_|[^a-z0-9]', '', str(name).lower())
-
-
-def place_joints(world, names, maps):
-    """A file's joints (T, N, 3) and their names -> SMPL's (T, 22, 3), and how they were found.
-
-    maps: {whose: {our joint: their name}}, of which the one that lacks least is taken. A joint that
-    is missing between two others of its chain is put between them. UserError for any other."""
-    at = {plain(name): i for i, name in enumerate(names)}
-    found = {}
-    for whose, theirs in maps.items():
-        found[whose] = {ours: at[plain(name)] for ours, name in theirs.items() if plain(name) in at}
-    whose = min(maps, key=lambda whose: (len(maps[whose]) - len(found[whose]), -len(found[whose])))
-
-    joints = np.full((len(world), SMPL.n_joints, 3), np.nan)
-    for ours, i in found[whose].items():
-        joints[:, SMPL.names.index(ours)] = world[:, i]
-    for chain in map(list, SMPL.chains):
-        there = np.flatnonzero(np.isfinite(joints[0, chain, 0]))
-        if len(there) > 1:
-            between = interp1d(there, joints[:, chain][:, there], axis=1, bounds_error=False)
-            joints[:, chain] = between(range(len(chain)))
-    lost = [name for name, x in zip(SMPL.names, joints[0, :, 0]) if np.isnan(x)]
-    if lost:
-        raise UserError(f'no place for {", ".join(lost)} among joints named {", ".join(names[:4])} '
-                        f'... ({whose} fits best): say which they are in --joints=map.json')
-    guessed = [name for name in SMPL.names if name not in found[whose]]
-    between = f'; put between their neighbours: {", ".join(guessed)}' if guessed else ''
-    return joints, f'joints found by the names of {whose}{between}'
-
-
-def own_joints(path, maps, fps):
-    """A BVH or .npy file -> joints (T, 22, 3) in its own unit and axes, frames a second (an .npy's
-    are fps), and how the joints were found. maps: as in `place_joints`, None for the known ones."""
-    if path.suffix.lower() == '.bvh':
-        names, parents, offsets, channels, frames, fps = read_bvh(str(path))
-        world = bvh_to_joints(parents, offsets, channels, frames)
-        maps = maps or JOINT_NAMES
-    else:
-        world = read_array(path, 'get it again').astype(np.float64)
-        if world.ndim != 3 or world.shape[2] != 3:
-            raise UserError(f'.npy file of shape {world.shape}, expected joints (T, J, 3)')
-        names = [str(j) for j in range(world.shape[1])]
-        maps = maps or IN_ORDER
-    if len(world) < 2 or not np.isfinite(world).all():
-        raise UserError('a single frame, or NaN or infinity in joints')
-    joints, how = place_joints(world, names, maps)
-    return joints, fps, how
-
-
-def unit_and_up(files, maps, fps):
-    """What the first of the files look like: metres of their unit and the axis that points up."""
-    legs, bodies, skipped = [], [], Counter()
-    for path in files[:TRIED]:
-        with skipping(skipped):
-            joints, _, _ = own_joints(path, maps, fps)
-            bones = np.linalg.norm(joints - joints[:, SMPL.parents], axis=-1)
-            legs.append(np.median(bones[:, SMPL.leg_joints].sum(-1)))
-            feet = joints[:, SMPL.feet].mean(1)
-            bodies.append((joints[:, SMPL.names.index('head')] - feet).mean(0))
-    if not legs:
-        raise UserError(f'none of the first {len(files[:TRIED])} files can be used, the first '
-                        f'because of: {next(iter(skipped))}')
-    leg, body = np.median(legs), np.median(bodies, axis=0)
-    axis = np.abs(body).argmax()
-    up = 'xyz'[axis] if axis and body[axis] > 0 else None   # no file format has x up
-    metres = [metres for metres in UNITS.values() if LEG[0] < leg * metres < LEG[1]]
-    return leg, metres[0] if metres else None, up
-
-
 def own_clips(job, maps, fps, metres, up):
     """(path, name, captions) -> clips, those of the mirror image, how the joints were found, and a
     Counter of reasons why there are none."""
@@ -586,9 +498,7 @@ def own_clips(job, maps, fps, metres, up):
     clips, mirrored, how, skipped = [], [], '', Counter()
     with skipping(skipped):
         joints, fps, how = own_joints(path, maps, fps)
-        if up == 'z':
-            joints = joints[..., [0, 2, 1]] * [1, 1, -1]
-        joints = resample(joints * metres, fps, SMPL.fps)
+        joints = resample(upright(joints, up) * metres, fps, SMPL.fps)
         if len(joints) <= SMPL.min_frames:   # the features use up one
             raise UserError(f'shorter than {SMPL.min_frames} frames')
         captions = [dict(text=text, tokens=simple_tags(text)) for text in texts]
@@ -596,16 +506,6 @@ def own_clips(job, maps, fps, metres, up):
         clips = cut([(name, joints, captions)])
         mirrored = cut([('M' + name, mirror(joints, SMPL), swapped)])
     return clips, mirrored, how, skipped
-
-
-def read_joint_names(path):
-    """A json file {our joint: the files' name of it, or its number in an .npy} -> the same."""
-    names = read_json(path, 'config/joint_names.json shows what is expected')
-    unknown = sorted(set(names) - set(SMPL.names)) if isinstance(names, dict) else [names]
-    if unknown:
-        raise UserError(f'{path} has {unknown[0]!r}, expected names of joints for '
-                        f'{", ".join(SMPL.names)}')
-    return names
 
 
 def read_table(path, skipped):
@@ -636,7 +536,7 @@ def prepare_folder(folder, name, args):
              if path.suffix.lower() in ('.bvh', '.npy') and path.is_file()]
     if not files:
         raise UserError(f'{src} holds no .bvh or .npy file')
-    if fps < 1 and any(path.suffix.lower() == '.npy' for path in files):
+    if not 1 <= fps <= FASTEST and any(path.suffix.lower() == '.npy' for path in files):
         raise UserError(f'{src} holds .npy files, which do not tell their frame rate: give --fps')
     maps = {args.joints: read_joint_names(args.joints)} if args.joints else None
     leg, metres, up = unit_and_up(files, maps, fps)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import foreign
 import hgm3
 import momask
 import msd
@@ -49,7 +50,7 @@ momask_res = ''
 momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
 prompt = ''
 prompts = ''                 # a file, one prompt a line: text or text#frames, | between parts
-source = ''                  # joints (T, J, 3) as .npy, a motion of this script: change it instead
+source = ''                  # a .bvh, or an .npy of this script: change that motion instead
 edit = ''                    # there, by shares or frames: 0.4:0.7 or 40:80,120:140
 then = ''                    # or go from source's end to this motion's beginning, in length frames
 msd_of = ''                  # draw the MSD of this clip of the data set instead: its name there
@@ -152,16 +153,23 @@ def read_prompts():
                                    'text#frames').splitlines()
         jobs += [read_parts(line, f'{prompts}, line {number}')
                  for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise UserError(f'{prompts} holds no prompt: expected one a line.')
     return jobs
 
 
 def read_motion(path):
-    """Joints (T, J, 3) of this data set's skeleton, unit and fps -> tokens (T // 4, Q)."""
-    joints = read_array(path, 'expected joints (T, J, 3) as .npy')
+    """Joints (T, J, 3) of this data set's skeleton, unit and fps, or a BVH file -> tokens
+    (T // 4, Q)."""
+    if path.lower().endswith('.bvh'):
+        joints = foreign.read_motion(path, pipe.meta['fps']).astype(np.float32)
+    else:
+        joints = read_array(path, 'expected joints (T, J, 3) as .npy, or a .bvh file')
     expected = (pipe.meta['n_joints'], 3)
-    if joints.shape[1:] != expected or len(joints) <= FRAMES_PER_TOKEN:
-        raise UserError(f'{path} has shape {joints.shape}, expected (T, {expected[0]}, 3) with more '
-                        f'than {FRAMES_PER_TOKEN} frames.')
+    good = joints.shape[1:] == expected and np.isfinite(joints).all()
+    if not good or len(joints) <= FRAMES_PER_TOKEN:
+        raise UserError(f'{path} has shape {joints.shape}, expected finite (T, {expected[0]}, 3) '
+                        f'with more than {FRAMES_PER_TOKEN} frames.')
     joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up a frame
     features = joints_to_features(joints, SKELETONS[pipe.meta['skeleton']],
                                   contact_threshold=pipe.meta.get('contact_threshold'),
@@ -173,7 +181,7 @@ def read_spans(text, n):
     """'0.4:0.7' or '40:80,120:140' of a motion of n tokens -> [(first, end)] in tokens."""
     spans = []
     for span in text.split(','):
-        match = re.fullmatch(r'([\d.]+):([\d.]+)', span.strip())
+        match = re.fullmatch(r'(\d*\.?\d+):(\d*\.?\d+)', span.strip())
         if not match:
             raise UserError(f"edit is '{text}', expected shares or frames like 0.4:0.7 or 40:80.")
         shares = '.' in span

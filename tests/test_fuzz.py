@@ -229,7 +229,7 @@ def test_official_options(tmp_path, edits):
     path = tmp_path / 't2m' / 'x' / 'opt.txt'
     path.write_bytes(mutate(OPTIONS, edits))
     opt = answer(path, lambda: momask.read_opt(tmp_path, 't2m', 'x'))
-    assert opt is None or int(opt['n_heads']) >= 0 and opt['vq_name']
+    assert opt is None or int(opt['n_heads']) > 0 and opt['vq_name']
 
 
 # -------------------------------------------------------------------------------- the packed format

@@ -216,7 +216,7 @@ def test_places_are_looked_at_before_the_work(folder):   # noqa: F811
 
 @pytest.mark.parametrize('content, words', [
     (b'a person \xff walks', "'utf-8' codec"), ('walks#²'.encode(), "'²' behind # is not"),
-    (b'walks#' + b'9' * 5000, 'behind # is not a number'), (b'', 'prompt is empty'),
+    (b'walks#' + b'9' * 5000, 'behind # is not a number'), (b' \n', 'holds no prompt'),
     (None, 'there is no such file'), ('человек идёт'.encode(), 'no word that the hash')])
 def test_prompt_files(folder, content, words):   # noqa: F811
     path = folder / f'prompts_{abs(hash(content))}.txt'
