@@ -3,8 +3,8 @@
     python eval_edit.py config/toy.py
     python eval_edit.py config/bandai.py --edit=0.3:0.6 --overlap=3
 
-Editing: a part of each real clip is drawn anew for the clip's own caption, and held against pasting,
-which puts a motion made for the caption by itself into the same frames. Joining: two generated
+Editing: a part of each real clip is drawn anew for its own caption, and held against pasting, which
+puts a motion made for the caption by itself into the same frames. Joining: two generated
 motions in a row, their seam filled in or not. A seam that nobody sees has the speed and the
 acceleration of the frames inside.
 """

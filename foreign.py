@@ -1,5 +1,5 @@
-"""Motion of other skeletons, from BVH files or arrays of joints: which joint is which (by its name),
-in what unit, which way is up -> the 22 joints of SMPL that everything else here works with."""
+"""Motion of other skeletons, from BVH files or arrays of joints: which joint is which (by its
+name), in what unit, which way is up -> the 22 joints of SMPL that all else here works with."""
 import json
 import math
 import re
@@ -122,8 +122,8 @@ def upright(joints, up):
 
 
 def read_motion(path, fps):
-    """One BVH file or .npy of SMPL's joints -> joints (T, 22, 3) in metres, y up, at `fps`, which an
-    .npy is taken to have. UserError where no unit makes it a body's size, or no axis is up."""
+    """One BVH file or .npy of SMPL's joints -> joints (T, 22, 3) in metres, y up, at `fps`, which
+    an .npy is taken to have. UserError where no unit makes it a body's size, or no axis is up."""
     path = Path(path)
     joints, own_fps, _ = own_joints(path, None, fps)
     leg, metres, up = unit_and_up([path], None, fps)

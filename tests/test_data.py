@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import foreign
 import prepare_data
 import toy
 from bvh import write_bvh
@@ -364,7 +365,7 @@ def test_simple_tags():
 # ---------------------------------------------------------------------------------------- folder
 
 TAKES = [toy.make_clip(seed)['joints'] for seed in range(6)]
-MIXAMO = prepare_data.JOINT_NAMES['Mixamo']
+MIXAMO = foreign.JOINT_NAMES['Mixamo']
 
 
 def write_take(path, joints):
