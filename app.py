@@ -26,7 +26,7 @@ from configurator import RANGES, UserError, configure
 from data import FRAMES_PER_TOKEN
 from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
 from fast import keep_memory
-from generate import load_pipeline
+from generate import decoding_of, load_pipeline
 from motion import SKELETONS, features_to_joints
 from runtime import read_text, setup
 
@@ -43,19 +43,14 @@ momask_data = 't2m'          # 't2m' | 'kit'
 momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
 momask_res = ''
 momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
-# where the page begins
-seed = 0
-steps = 10
-cond_scale = 4.0             # guidance of the base tokens (KIT 2)
-# decoding, what the page does not ask for
-res_scale = 5.0              # guidance of the residual tokens
-das_sampling = False         # (III) of Table 4, 3.6: complexity-aware decoding
+seed = 0                     # where the page begins; so do steps and cond_scale
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-configure(globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
-          momask_text=('clip', 'hash'), device=('auto', 'cpu', 'cuda'),
-          dtype=('auto', 'bfloat16', 'float32'))
+config = configure(
+    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
+    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
+    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 try:
     import viser
@@ -99,8 +94,8 @@ def decoding():
     for field in (length_slider, seed_box, guidance_slider, steps_slider, variants_slider):
         if not field.min <= field.value <= field.max:
             raise UserError(f'{field.label} is {field.value}, expected {field.min} to {field.max}.')
-    return dict(steps=steps_slider.value, cond_scale=guidance_slider.value, res_scale=res_scale,
-                das_sampling=das_sampling)
+    return decoding_of({**config, 'steps': steps_slider.value,
+                        'cond_scale': guidance_slider.value})
 
 
 def text_in(box):

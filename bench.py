@@ -29,7 +29,8 @@ import msd
 import text
 from configurator import configure
 from generate import generate_base, generate_residual
-from model import MaskTransformer, ModelConfig, ResTransformer, Trunk
+from hgm3 import HardTokenMining
+from model import LossPredictor, MaskTransformer, ModelConfig, ResTransformer, Trunk
 from runtime import atomic_write, setup, synchronize
 from vq import RVQVAE, VQConfig
 
@@ -57,41 +58,35 @@ motion = torch.randn(batch, frames, 263, device=run.device)
 cached_ids = torch.randint(512, (batch, n_tokens, 6), device=run.device)
 cached_text = torch.randn(batch, 1, 512, device=run.device)
 valid = torch.ones(batch, n_tokens, dtype=torch.bool, device=run.device)
+# a sentence with two actions and two specifics of each, as captions of HumanML3D have
+graph_role = torch.tensor([1, 2, 3, 11, 2, 5, 9], device=run.device).repeat(batch, 1)
+cached_nodes = torch.randn(batch, 7, 512, device=run.device)
 
 
-def forms(make, dynmask=False):
-    """-> {name: function} to be compared, of make(plain=, on=, compiled=); on: DynMask."""
-    runs = {'plain': make(plain=True), 'ours': make()}
-    if dynmask:
-        make = partial(make, on=True)
-        runs['ours, DynMask'] = make()
-    if compile:
-        runs['compiled'] = make(compiled=True)
-    return runs
-
-
-def show(title, runs):
-    """Time {name: function}, the functions taking turns. Print and keep medians, peak memory, the
-    ratio to plain, DynMask's price."""
-    seconds = {name: [] for name in runs}
+def show(title, make, forms):
+    """Time make(form)() of each form, the forms taking turns. Print and keep medians, peak memory,
+    the ratio to plain, and what each switch costs."""
+    runs = {form: make(form) for form in forms}
+    seconds = {form: [] for form in forms}
     for _ in range(warm + rounds):
-        for name, work in runs.items():
+        for form, work in runs.items():
             synchronize(run.device)
             start = time.perf_counter()
             work()
             synchronize(run.device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[form].append(time.perf_counter() - start)
 
     print(f'\n{title}')
     table = results[title] = {}
-    for name, work in runs.items():
-        ms = 1000 * float(np.median(seconds[name][warm:]))
-        table[name] = row = {'ms': ms, 'MB': peak_memory(work) / 1e6}
+    for form, work in runs.items():
+        ms = 1000 * float(np.median(seconds[form][warm:]))
+        table[form] = row = {'ms': ms, 'MB': peak_memory(work) / 1e6}
         row['times plain'] = table['plain']['ms'] / ms
-        print(f'  {name:16s} {ms:9.1f} ms {row["MB"]:9.1f} MB {row["times plain"]:8.2f}x')
-    if 'ours, DynMask' in runs:
-        table['on / off'] = table['ours, DynMask']['ms'] / table['ours']['ms']
-        print(f'  DynMask on / off {table["on / off"]:.3f}')
+        print(f'  {form:18s} {ms:9.1f} ms {row["MB"]:9.1f} MB {row["times plain"]:8.2f}x')
+    for form in forms:
+        if form.startswith('ours, '):
+            ratio = table[form]['times ours'] = table[form]['ms'] / table['ours']['ms']
+            print(f'  {form} / ours {ratio:.3f}')
     return table
 
 
@@ -99,7 +94,6 @@ def peak_memory(work):
     """Peak bytes above the start. On a CPU (Linux, else NaN) they are the process's, after malloc
     has handed back what earlier runs left."""
     if cuda:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         work()
@@ -115,6 +109,7 @@ def peak_memory(work):
 
 
 # ------------------------------------------------------------------------- networks, fast and plain
+# A form is 'plain', 'ours' or 'compiled', and what is switched on besides: 'ours, DynMask'.
 
 
 class PlainTrunk(Trunk):
@@ -128,12 +123,10 @@ class PlainTrunk(Trunk):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, *inputs):
-        if self.training:
-            return self.one_pass(*inputs)
-        halves = zip(*(x.chunk(2) for x in inputs[:4]))
-        return torch.cat([self.one_pass(*half) for half in halves])
+        parts = [x.chunk(1 if self.training else 2) for x in inputs[:4]]
+        return torch.cat([self.one_pass(*part) for part in zip(*parts)])
 
-    def one_pass(self, x, valid, front, front_valid, prior=None):
+    def one_pass(self, x, valid, front, front_valid):
         x = self.drop(self.embed(x) + self.positions[:x.shape[1]])
         x = torch.cat([front, x], 1).transpose(0, 1)
         pad = ~torch.cat([front_valid, valid], 1)
@@ -141,87 +134,110 @@ class PlainTrunk(Trunk):
         return h[front.shape[1]:].transpose(0, 1)
 
 
-def transformer(residual, plain, on, compiled):
-    config = ModelConfig(spectral_attn=on)
-    model = ResTransformer(config) if residual else MaskTransformer(config, torch.randn(512, 512))
-    if plain:
+def build(network, form):
+    """A MaskTransformer, ResTransformer or RVQVAE of random weights."""
+    config = ModelConfig(spectral_attn='DynMask' in form, graph='graph' in form)
+    if network is RVQVAE:
+        config = VQConfig()
+    model = network(config)
+    if network is MaskTransformer:
+        model.G.copy_(msd.gram(torch.randn(512, 512)))
+    if form == 'plain' and network is not RVQVAE:
         model.trunk = PlainTrunk(config)
-    if compiled:
+    if 'compiled' in form:
         model.compile()
     return model.to(run.device)
 
 
-def tokenizer(compiled=False):
-    model = RVQVAE(VQConfig()).to(run.device)
-    model.init_codebooks(motion, run.generator)
-    if compiled:
-        model.compile()
-    return model
+def precision(form):
+    return contextlib.nullcontext() if form == 'plain' else run.autocast()
 
 
 @cache
 def text_tower(plain):
-    """Of random weights. plain: open_clip's own encode_text, which reads all 77 columns."""
+    """Of random weights. Plain: open_clip's own encode_text, which reads all 77 columns."""
     if not plain:
         return text.clip_tower(pretrained=None, device=run.device)
-    model = open_clip.create_model('ViT-B-32-quickgelu', pretrained=None).eval()
-    model = model.to(run.device).requires_grad_(False)
+    model = open_clip.create_model('ViT-B-32-quickgelu', device=run.device).eval()
     words = open_clip.get_tokenizer('ViT-B-32-quickgelu')
     return lambda captions: model.encode_text(words(captions).to(run.device))
 
 
-def encode_prompts(B, plain):
+@torch.no_grad()
+def encode_prompts(B, form):
     """-> c (B, 1, 512), c_valid (B, 1)."""
     captions = [f'a person walks {i} steps and then turns around to the left' for i in range(B)]
-    c = text_tower(plain)(captions).to(run.device)[:, None]
+    c = text_tower(form == 'plain')(captions).to(run.device)[:, None]
     return c, torch.ones(B, 1, dtype=torch.bool, device=run.device)
 
 
 # ----------------------------------------------------------------------------------- what is timed
 
 
-def training_step(model, loss, plain):
-    """A whole step as a function: forward, backward, clip, AdamW; with autocast if not plain."""
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-4, fused=not plain)
-    context = contextlib.nullcontext if plain else run.autocast
+def training_step(model, loss, form, after=None):
+    """A whole step as a function: forward, backward, clip, AdamW (or Muon); after() ends it."""
+    learn = [p for p in model.parameters() if p.requires_grad]
+    optimizers = [torch.optim.AdamW(learn, 2e-4, fused=form != 'plain')]
+    if 'Muon' in form:
+        matrices = [p for p in model.trunk.layers.parameters() if p.ndim == 2]
+        ours = {id(p) for p in matrices}
+        optimizers = [
+            torch.optim.AdamW([p for p in learn if id(p) not in ours], 2e-4, fused=True),
+            torch.optim.Muon(matrices, 2e-4, adjust_lr_fn='match_rms_adamw')]
 
     def step():
-        with context():
+        with precision(form):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if after:
+            after()
     return step
 
 
-def transformer_step(residual, plain=False, on=False, compiled=False):
-    model = transformer(residual, plain, on, compiled)
+def transformer_step(network, form):
+    model = build(network, form)
 
     def loss():
         ids, c, c_valid = cached_ids, cached_text, valid[:, :1]
-        if plain:
+        if form == 'plain':
             ids = vq.encode(motion)
-            c, c_valid = encode_prompts(batch, plain)
-        if residual:
+            c, c_valid = encode_prompts(batch, form)
+        if network is ResTransformer:
             return model(ids, c, c_valid, valid)
+        if 'graph' in form:
+            c, c_valid = cached_nodes, graph_role
         base = ids[..., 0]
-        mask_by = 'msd' if on else 'random'
+        if 'mining' in form:
+            hard = miner.difficulty(base, c, c_valid, valid)
+            masked, chosen = model.mask_tokens(base, c, valid, 'loss', difficulty=hard,
+                                               hard_share=0.25)
+            targets = torch.where(chosen, base, -100)
+            return miner(masked, c, c_valid, valid, targets, chosen.sum(), None, base)
+        mask_by = 'msd' if 'DynMask' in form else 'random'
         masked, chosen = model.mask_tokens(base, c, valid, mask_by, noise=1.0)
         return model(masked, c, c_valid, valid, torch.where(chosen, base, -100))
-    return training_step(model, loss, plain)
+
+    if 'mining' in form:
+        miner = HardTokenMining(model, LossPredictor(model.config)).to(run.device)
+        return training_step(miner, loss, form, miner.update_teacher)
+    return training_step(model, loss, form)
 
 
-def tokenizer_step(plain=False, compiled=False):
-    model = tokenizer(compiled)
+def tokenizer_step(form):
+    model = build(RVQVAE, form)
     windows = torch.randn(4 * batch, 64, 263, device=run.device)
+    model.init_codebooks(windows, run.generator)
     found = []   # ids and residuals, for the codebooks
 
     def loss():
         y, commit, *found[:] = model(windows)
         return F.smooth_l1_loss(y.float(), windows) + 0.02 * commit
 
-    step = training_step(model, loss, plain)
+    step = training_step(model, loss, form)
 
     def whole():
         step()
@@ -229,17 +245,16 @@ def tokenizer_step(plain=False, compiled=False):
     return whole
 
 
-def generation(B, plain=False, on=False, compiled=False):
+def generation(B, form):
     """A function from B prompts to motion."""
-    mask = transformer(False, plain, on, compiled).eval()
-    res = transformer(True, plain, False, compiled).eval()
+    mask = build(MaskTransformer, form).eval()
+    res = build(ResTransformer, form).eval()
     n = torch.full((B,), n_tokens, device=run.device)
-    context = contextlib.nullcontext if plain else run.autocast
 
     def work():
-        with torch.no_grad(), context():
-            c, c_valid = encode_prompts(B, plain)
-            ids = generate_base(mask, c, c_valid, n, das_sampling=on)
+        with torch.no_grad(), precision(form):
+            c, c_valid = encode_prompts(B, form)
+            ids = generate_base(mask, c, c_valid, n, das_sampling='DynMask' in form)
             ids = generate_residual(res, ids, c, c_valid, n)
         return vq.decode(ids)   # in float32: bfloat16 moves joints by 0.4 mm
     return work
@@ -251,28 +266,29 @@ def zscore_pairs(A):
     return centred / (centred.square().mean((-2, -1), keepdim=True) + msd.EPS).sqrt()
 
 
-def attention(form, n, B=2, H=6, d=64, W=8, a=0.3):
-    """Forward and backward of motion-aware attention, one layer's core -> (B, H, n, d). 'plain'
+def attention(n, form, H=6, d=64, W=8, a=0.3):
+    """Forward and backward of motion-aware attention, one layer's core -> (2, H, n, d). 'plain'
     writes Eq 13 down with its n x n tensors; 'ours' appends W + 2 dimensions to queries and keys,
     as fast.spread_prior, which below 256 tokens on a CPU prefers to form z(S)."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, B, H, n, d, device=run.device)
+    q, k, v = torch.randn(3, 2, H, n, d, device=run.device)
     for x in (q, k, v):
         x.requires_grad_()
-    ids = torch.randint(512, (B, n), device=run.device)
-    valid = torch.ones(B, n, dtype=torch.bool, device=run.device)
+    ids = torch.randint(512, (2, n), device=run.device)
+    everything = torch.ones(2, n, dtype=torch.bool, device=run.device)
     G = msd.gram(torch.randn(512, 512, device=run.device))
-    f, seen = msd.spectrum(ids, G, valid, W)
+    f, seen = msd.spectrum(ids, G, everything, W)
     phi = msd.unit(f)
     scaled = q * d ** -0.5
     if form == 'plain':
         psi = phi * msd.band_weights(W, phi.device).sqrt()
         S = zscore_pairs(-torch.cdist(psi, psi).square())
-        o = ((1 - a) * zscore_pairs(scaled @ k.mT) + a * S[:, None]).softmax(-1) @ v
+        A = (1 - a) * zscore_pairs(scaled @ k.mT) + a * S[:, None]
+        o = A.softmax(-1) @ v
     else:
         wide = -(d + W + 2) % 8
         prior = [F.pad(part, (0, wide))[:, None] for part in msd.prior_qk(phi, seen)]
-        a_content = (1 - a) / fast.logit_std(scaled, k, valid)
+        a_content = (1 - a) / fast.logit_std(scaled, k, everything)
         o = fast.appended_attention(scaled, k, v, a_content, a, prior, None)
     o.square().mean().backward()
     return o.detach()
@@ -280,34 +296,38 @@ def attention(form, n, B=2, H=6, d=64, W=8, a=0.3):
 
 # ------------------------------------------------------------------------------------------- tables
 
-chip = torch.cuda.get_device_name() if cuda else platform.machine()
-cpuinfo = Path('/proc/cpuinfo')
-if not cuda and cpuinfo.exists():
-    chip = re.search(r'model name\s*: (.*)|$', cpuinfo.read_text())[1] or chip
-results['machine'] = {'name': chip, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
+name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+results['machine'] = {'name': name, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
                       'dtype': run.dtype, 'TFLOP/s of a plain product': run.peak / 1e12}
 print(results['machine'])
-vq = tokenizer().eval()
+vq = build(RVQVAE, 'ours').eval()
+vq.init_codebooks(motion, run.generator)
+forms = ['plain', 'ours'] + ['compiled'] * compile
+with_dynmask = ['plain', 'ours', 'ours, DynMask'] + ['compiled, DynMask'] * compile
 parts = what.split(',')
 
 if 'step' in parts:
     size = f'training step, batch {batch} x {n_tokens} tokens'
-    masked, residual = (partial(transformer_step, residual) for residual in (False, True))
-    show(f'masked transformer, {size}', forms(masked, dynmask=True))
-    show(f'residual transformer, {size}', forms(residual))
-    show(f'tokenizer, training step, {4 * batch} x 64 frames', forms(tokenizer_step))
+    masked = partial(transformer_step, MaskTransformer)
+    others = ['ours, Muon', 'ours, hard mining', 'ours, graph', 'ours, hard mining, graph']
+    show(f'masked transformer, {size}', masked, with_dynmask + others)
+    residual = partial(transformer_step, ResTransformer)
+    show(f'residual transformer, {size}', residual, forms)
+    show(f'tokenizer, training step, {4 * batch} x 64 frames', tokenizer_step, forms)
 
 if 'generate' in parts:
     for B in sorted({1, prompts}):
         title = f'generation, {B} prompt(s) of {n_tokens} tokens, 10 steps and 5 layers'
-        show(title, forms(partial(generation, B), dynmask=True))
+        show(title, partial(generation, B), with_dynmask)
 
 if 'attention' in parts:
-    for n in [n for n in (49, 256, 1024, 4096) if n <= max_tokens]:
-        runs = {form: partial(attention, form, n) for form in ('plain', 'ours')}
-        table = show(f'attention, forward and backward, float32, {n} tokens', runs)
-        table['largest difference'] = float((runs['plain']() - runs['ours']()).abs().max())
-        print(f'  largest difference {table["largest difference"]:.1g}')
+    for n in (49, 256, 1024, 4096):
+        if n <= max_tokens:
+            title = f'attention, forward and backward, float32, {n} tokens'
+            table = show(title, lambda form: partial(attention, n, form), ['plain', 'ours'])
+            apart = attention(n, 'plain') - attention(n, 'ours')
+            table['largest difference'] = float(apart.abs().max())
+            print(f'  largest difference {table["largest difference"]:.1g}')
 
 path = bench_json or f"bench_{'cuda' if cuda else 'cpu'}.json"
 with atomic_write(path, 'w') as f:

@@ -21,13 +21,11 @@ NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # what UTF-8 has no bytes for, and 
 
 given = set()   # keys that a config file or the command line has set
 
-# What a number may be: its lowest and highest value, in one table, because scripts share settings.
-# One that is not here need only be finite. The highest ones keep a slip of the finger from taking
-# all memory: --window=1000 took 20 GB.
+# What a number may be, lowest and highest, in one table, because scripts share settings; others
+# need only be finite. A slip of the finger shall not take all memory: --window=1000 did.
 RANGES = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),   # numpy's
     (0, 2**16 - 1, 'port'),
-    # counts
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
                'ev_eval_every repeats seeds rounds clips overlap'),
     (0, 10**9, 'ev_ae_steps warmup vq_warmup motion_steps action_steps max_clips mm_batches warm'),
@@ -35,27 +33,24 @@ RANGES = {key: (low, high) for low, high, keys in (
     (1, 2**16, 'batch_size vq_batch ev_batch batch prompts'),
     (0, 2**16, 'gen_batch length'),
     (-1, 64, 'res_layers'),
-    # sizes
-    (1, 2**14, 'latent ff code_dim vq_width ev_movement ev_code ev_motion_hidden ev_text_hidden '
-               'ev_out'),
+    (1, 2**14, 'latent ff code_dim vq_width '
+               'ev_movement ev_code ev_motion_hidden ev_text_hidden ev_out'),
     (1, 128, 'n_layers n_heads n_quantizers'),
     (0, 6, 'vq_depth'),
     (2, 2**15, 'n_codes'),   # token ids are int16
     (1, 64, 'window'),
     (0, 64, 'r_exp'),
     (4, 2**16, 'window_frames frames max_tokens'),
-    # shares
     (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp hard_first hard_last teacher_momentum cond_drop '
            'res_cond_drop quantize_dropout anneal'),
     (0, 0.99, 'dropout'),
     (1e-6, 1, 'top_share'),
-    # factors
     (0, 10, 'lr vq_lr ev_lr weight_decay ev_weight_decay'),
     (1e-9, 1e12, 'grad_clip'),
     (1e-4, 1e3, 'temperature res_temperature'),
     (-100, 100, 'cond_scale res_scale'),
-    (0, 1e6, 'w_position w_foot w_commit vq_reset_below vq_sample cfs_noise lambda_D beta '
-             'sigma_max'),
+    (0, 1e6, 'w_position w_foot w_heading w_commit vq_reset_below vq_sample '
+             'cfs_noise lambda_D beta sigma_max'),
 ) for key in keys.split()}
 
 
@@ -69,8 +64,7 @@ def install_error_hook():
     system's error that names a file (no permission) or a full disk; all else keeps its
     traceback."""
     def hook(kind, error, trace):
-        system = isinstance(error, OSError)
-        system = system and (error.filename is not None or error.errno == errno.ENOSPC)
+        system = isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC)
         if not (isinstance(error, UserError) or system):
             return sys.__excepthook__(kind, error, trace)
         print(error, file=sys.stderr)
@@ -83,10 +77,15 @@ def install_error_hook():
 def keys_of_all_scripts():
     """Names assigned at the top level of any file here."""
     names = set()
-    for path in glob.glob(os.path.join(HERE, '*.py')):
+    for path in [*glob.glob(os.path.join(HERE, '*.py')), os.path.join(HERE, 'config/decoding.py')]:
         with open(path, encoding='utf-8') as f:
             names.update(re.findall(r'^(\w+) = ', f.read(), re.MULTILINE))
     return names
+
+
+def plain(text):
+    """What can stand in a sentence: one line, not too long."""
+    return (text if text.isprintable() else ascii(text))[:80]
 
 
 def convert(key, value, default, where):
@@ -99,14 +98,15 @@ def convert(key, value, default, where):
     except (ValueError, OverflowError):
         shown = 'a number of hundreds of digits'
     if type(value) is not type(default):
-        raise UserError(f'{where:.80}: {key} is {shown}, expected {type(default).__name__} '
+        raise UserError(f'{plain(where)}: {key} is {shown}, expected {type(default).__name__} '
                         f'as in its default {default!r}.')
     if isinstance(value, str) and NOT_TEXT.search(value):
-        raise UserError(f'{where!a:.80}: {key} holds bytes that are no text, expected UTF-8.')
+        raise UserError(f'{plain(where)}: {key} holds bytes that are no text, expected UTF-8.')
     if isinstance(value, (int, float)):
         low, high = RANGES.get(key, (-sys.float_info.max, sys.float_info.max))
         if not low <= value <= high:   # nor is NaN
-            raise UserError(f'{where:.80}: {key} is {shown}, expected {low:.10g} to {high:.10g}.')
+            raise UserError(f'{plain(where)}: {key} is {shown}, expected {low:.10g} to '
+                            f'{high:.10g}.')
     return value
 
 
@@ -114,12 +114,12 @@ def read_argument(arg, defaults):
     """'--key=value' -> {key: value}, of the type of the key's default."""
     key, equals, text = arg[2:].partition('=')
     if not equals:
-        raise UserError(f'{arg}: expected --key=value, for example --{key}=1.')
+        raise UserError(f'{plain(arg)}: expected --key=value, as in --seed=1.')
     if key not in defaults:
         near = [k for k in defaults if key.lower() in k or k in key.lower()]
         hint = f'close: {", ".join(near)}.' if near else '--help lists them.'
         script = os.path.basename(sys.argv[0])
-        raise UserError(f'--{key:.60} is not a setting of {script}; {hint}')
+        raise UserError(f'{plain(arg)} is not a setting of {script}; {hint}')
     kind = type(defaults[key])
     try:
         value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
@@ -151,21 +151,28 @@ def read_config_file(path, defaults):
     return settings
 
 
-def print_help(g):
+def print_help(g, shared):
     """The script's docstring, and its settings with their comments as they stand in the source."""
     with open(g['__file__'], encoding='utf-8') as f:
         _, settings, _ = f.read().split('\n# ---', 2)
     lines = settings.splitlines()[1:]
+    if shared:
+        with open(os.path.join(HERE, shared), encoding='utf-8') as f:
+            lines += f.read().splitlines()
     print(g['__doc__'])
     print('Settings, to be given as --key=value:\n')
     print('\n'.join(line for line in lines if not line.startswith(('config', '    '))))
 
 
-def configure(g, argv=None, **options):
+def configure(g, argv=None, shared='', **options):
     """Apply config files and --key=value overrides (argv, default the command line) to the globals
-    g, and return the final settings as a dict, which checkpoints keep. options: for keys that name
-    a choice, the tuple of allowed values. UserError for anything that is not understood."""
+    g, and return the final settings as a dict, which checkpoints keep. shared: a file of settings
+    that several scripts have. options: for keys that name a choice, the tuple of allowed values.
+    UserError for anything that is not understood."""
     install_error_hook()
+    if shared:
+        with open(os.path.join(HERE, shared), encoding='utf-8') as f:
+            exec(f.read(), g)
     defaults = {}
     for key, value in g.items():
         is_setting = not key.startswith('_') and not key.isupper()   # FRAMES_PER_TOKEN is none
@@ -174,7 +181,7 @@ def configure(g, argv=None, **options):
 
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('-h', '--help'):
-            print_help(g)
+            print_help(g, shared)
             sys.exit(0)
         read = read_argument if arg.startswith('--') else read_config_file
         changes = read(arg, defaults)

@@ -1,13 +1,10 @@
 """The text-motion evaluator of Guo et al. 2022, the words it reads, and the metrics of the field.
 
 Everybody's FID and R-precision are distances between the 512-d vectors of this network, so it is
-rebuilt to the letter: a movement encoder (4 frames -> one vector), a bidirectional GRU over
-movements, another over words (word vector plus embedded part-of-speech tag). Source: Guo et al.,
-"Generating Diverse and Natural 3D Human Motions from Text", CVPR 2022. train_eval.py trains it,
-momask.py reads the released weights.
+rebuilt to the letter of "Generating Diverse and Natural 3D Human Motions from Text" (CVPR 2022).
+train_eval.py trains it, momask.py reads the released weights.
 
-    B batch, T frames, D features a frame (263 or 251), n = T // 4 movements, L = 22 word positions,
-    d embedding size
+    B batch, T frames, D features a frame (263 or 251), L = 22 word positions, d embedding size
 """
 import hashlib
 import json
@@ -26,13 +23,13 @@ from configurator import HERE, UserError
 from data import equal_lengths
 
 # -------------------------------------------------------------------------------------------- words
-# "walk/VERB left/ADJ" -> word vectors and tag one-hots
 
 MAX_WORDS = 20   # words of a caption that count
 POSITIONS = 22   # they, sos and eos
 # of Guo et al.'s word vectorizer: the tags in one-hot order, words that override the tagger
 WORD_TAGS = json.loads(Path(HERE, 'config', 'word_tags.json').read_text())
-TAGS, VIP_WORDS = WORD_TAGS['tags'], WORD_TAGS['vip_words']
+TAGS = WORD_TAGS['tags']
+VIP_WORDS = WORD_TAGS['vip_words']
 VIP_TAG = {word: tag for tag, words in VIP_WORDS.items() for word in words.split()}
 
 
@@ -69,10 +66,8 @@ def read_glove(folder):
 class Words:
     """Caption tokens -> (word vectors, tag one-hots, lengths), by the rules of the field.
 
-    Words()            hashed vectors: every word is a fixed random normal vector, seeded by its
-                       blake2b hash, so it is the same on every machine and every word has one
-    Words(glove_dir)   the field's GloVe. A word that is not in it takes the vector of 'unk' and the
-                       tag OTHER
+    Words(glove_dir) reads the field's GloVe; a word that is not in it takes the vector of 'unk' and
+    the tag OTHER. Without it every word is a fixed random normal vector, seeded by its hash.
     """
 
     def __init__(self, glove_dir=None, dim=300):
@@ -81,7 +76,6 @@ class Words:
         self.dim = len(self.vectors['unk']) if glove_dir else dim
 
     def vector(self, word):
-        """(dim,) float32, of a word that GloVe knows or of any hashed one."""
         if word not in self.vectors:
             digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
             seed = np.frombuffer(digest, '<u4')
@@ -90,7 +84,7 @@ class Words:
         return self.vectors[word]
 
     def read_token(self, token):
-        """'walk/VERB' -> vector (dim,) and the position of its tag in TAGS."""
+        """'walk/VERB' -> vector (dim,) float32 and the position of its tag in TAGS."""
         word, slash, tag = token.rpartition('/')
         if not slash:
             raise UserError(f'the caption token {token!r} has no tag: write word/TAG.')
@@ -136,8 +130,7 @@ class MovementEncoder(nn.Module):
 
 
 class BiGRU(nn.Module):
-    """(B, L, in) with lengths (B,) in any order -> (B, out): the last states, forward and backward
-    side by side, then a small MLP."""
+    """(B, L, in), lengths (B,) -> (B, out): the last states of both directions, then an MLP."""
 
     def __init__(self, features, hidden, out):
         super().__init__()
@@ -150,10 +143,10 @@ class BiGRU(nn.Module):
 
     def forward(self, x, lengths):
         first = self.hidden.expand(-1, len(x), -1).contiguous()
-        packed = pack_padded_sequence(
-            self.input_emb(x), lengths.cpu(), batch_first=True, enforce_sorted=False)
-        _, last = self.gru(packed, first)   # (2, B, hidden)
-        return self.output_net(torch.cat([last[0], last[1]], dim=-1))
+        x = self.input_emb(x)
+        x = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        _, last = self.gru(x, first)   # (2, B, hidden)
+        return self.output_net(torch.cat([*last], dim=-1))
 
 
 class TextEncoder(BiGRU):
@@ -172,8 +165,7 @@ class Evaluator(nn.Module):
 
     mean, std   (D,) of the evaluator's own training data; features enter un-normalized
     words       a Words, or None for official weights without GloVe (then only motion is embedded)
-    max_frames  the frame count to which the field pads with zeros before the network sees a clip
-    The sizes default to the released ones.
+    max_frames  to which the field pads clips with zeros. Sizes default to the released ones
     """
 
     def __init__(self, mean, std, words=None, movement=512, code=512, motion_hidden=1024,
@@ -186,16 +178,14 @@ class Evaluator(nn.Module):
             raise UserError(f'the text encoder reads {word_dim}-d word vectors, '
                             f'the words given are {words.dim}-d.')
         self.words = words
-        for name, values in (('mean', mean), ('std', std)):
-            values = torch.as_tensor(values, dtype=torch.float32)
-            self.register_buffer(name, values, persistent=False)
+        self.register_buffer('mean', torch.as_tensor(mean).float(), persistent=False)
+        self.register_buffer('std', torch.as_tensor(std).float(), persistent=False)
         self.movement_encoder = MovementEncoder(len(mean) - 4, movement, code)
         self.motion_encoder = BiGRU(code, motion_hidden, out)
         self.text_encoder = TextEncoder(word_dim, tag_dim, text_hidden, out)
 
     def encode_motion(self, motion, lengths):
-        """motion (B, T, D) normalized, lengths (B,) in frames -> (B, d). The last movement also
-        sees the frames right behind a clip's end: embed_motion puts zeros there."""
+        """motion (B, T, D) normalized, zeros behind each end, lengths (B,) in frames -> (B, d)."""
         movements = self.movement_encoder(motion[..., :-4])
         return self.motion_encoder(movements, lengths // 4)
 
@@ -205,8 +195,8 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, captions, batch=512):
-        """captions: N strings "walk/VERB left/ADJ" -> (N, d) float32 on the CPU, in the given
-        order; in eval mode. UserError: no word vectors."""
+        """captions: N strings "walk/VERB left/ADJ" -> (N, d) float32 on the CPU; in eval mode.
+        UserError: no word vectors."""
         if self.words is None:
             raise UserError('this evaluator has no word vectors: give glove_dir, a folder with '
                             'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl.')
@@ -222,9 +212,8 @@ class Evaluator(nn.Module):
     @torch.no_grad()
     def embed_motion(self, features, lengths, batch=256):
         """features (B, T, D) un-normalized (array, tensor, or a list of B arrays (>= length, D)),
-        lengths (B,) in frames -> (B, d) float32 on the CPU, in the given order; in eval mode. What
-        lies behind a clip's end does not matter. ValueError: another width D, a length under 4 or
-        beyond T, a value that is not finite."""
+        lengths (B,) in frames -> (B, d) float32 on the CPU; in eval mode. ValueError: another width
+        D, a length under 4 or beyond T, a value that is not finite before it."""
         if len(lengths) != len(features):
             raise ValueError(f'{len(features)} motions but {len(lengths)} lengths')
         self.eval()
@@ -233,8 +222,7 @@ class Evaluator(nn.Module):
         for group in equal_lengths(lengths, batch):
             n = lengths[group]
             x = torch.stack([self.read_clip(i, features[i], n[0]) for i in group.tolist()])
-            # The field pads every clip with zeros to max_frames. The last movement sees 4 of them
-            # at most; behind a clip of just max_frames there are none.
+            # the field pads clips with zeros to max_frames; the last movement sees 4 at most
             if n[0] != self.config['max_frames']:
                 x = F.pad(x, (0, 0, 0, 4))
             out[group] = self.encode_motion(x, n).cpu()
@@ -244,7 +232,7 @@ class Evaluator(nn.Module):
         """The first `length` frames of clip i (T, D), checked and normalized."""
         D = len(self.mean)
         clip = torch.as_tensor(clip)
-        if clip.ndim != 2 or clip.shape[1] != D or not 4 <= length <= len(clip):
+        if clip.shape[1:] != (D,) or not 4 <= length <= len(clip):
             raise ValueError(f'motion {i}: this evaluator reads (T, {D}) features and lengths '
                              f'4 .. T, found {tuple(clip.shape)} and length {length}')
         clip = self.normalize(clip[:length].to(self.mean))
@@ -260,8 +248,8 @@ class Evaluator(nn.Module):
 
     @classmethod
     def load(cls, path, glove_dir=None):
-        """The evaluator written by save, in eval mode; glove_dir: where GloVe lies now, if it
-        moved. UserError for a file that is missing, damaged or of another kind."""
+        """The evaluator written by save, in eval mode; glove_dir: where GloVe lies now. UserError
+        for a file that is missing, damaged or of another kind."""
         data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first', 'evaluator',
                             ('config', 'mean', 'std', 'glove_dir', 'state'))
         glove_dir = data['glove_dir'] and (glove_dir or data['glove_dir'])
@@ -272,12 +260,11 @@ class Evaluator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ metrics
-# Arrays or tensors in, float64 inside, floats out; of Guo et al. 2022 unless a source is named.
+# Arrays or CPU tensors in, float64 inside, floats out; of Guo et al. 2022 unless a source is named.
 
 
 def float64(x):
-    """An array or tensor -> numpy float64, finite."""
-    x = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=np.float64)
+    x = np.asarray(x, dtype=np.float64)
     if not np.isfinite(x).all():
         raise UserError('a metric was given NaN or infinite values: the model or the evaluator '
                         'has diverged.')
@@ -287,9 +274,9 @@ def float64(x):
 def fid(real, gen):
     """Frechet distance of the normal distributions fitted to real (N, d) and gen (M, d); N, M >= 2.
 
-    |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2 (Heusel et al. 2017). The trace of the root is
-    the sum of the singular values of C1^1/2 C2^1/2, and both roots are of symmetric matrices
-    (eigh): nothing can turn complex, also when N < d and the covariances are singular."""
+    |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2 (Heusel et al. 2017). The last trace is the sum
+    of the singular values of C1^1/2 C2^1/2, roots of symmetric matrices (eigh): nothing can turn
+    complex, also when N < d and the covariances are singular."""
     means, roots, traces = [], [], []
     for x in (float64(real), float64(gen)):
         if len(x) < 2:
@@ -311,8 +298,7 @@ def r_precision(text, motion, batch=32, same=None):
     batch is dropped. same: N caption strings; then any motion of the same caption counts as the
     text's own. A wrong motion at exactly the right one's distance counts as nearer, so that a
     collapsed network scores 0 and not 1."""
-    text = float64(text)
-    motion = float64(motion)
+    text, motion = float64(text), float64(motion)
     if len(text) < batch or text.shape != motion.shape:
         raise ValueError(f'R-precision needs paired vectors, at least {batch}: '
                          f'found {text.shape} and {motion.shape}')
@@ -332,13 +318,13 @@ def r_precision(text, motion, batch=32, same=None):
 
 def mm_dist(text, motion):
     """Mean Euclidean distance of paired (..., d) text and motion vectors."""
-    apart = float64(text) - float64(motion)
-    return float(np.linalg.norm(apart, axis=-1).mean())
+    return float(np.linalg.norm(float64(text) - float64(motion), axis=-1).mean())
 
 
 def mean_pair_distance(emb, pairs, rng):
     """emb (..., N, d): mean distance of two random subsets of `pairs` vectors."""
-    a, b = (rng.choice(emb.shape[-2], pairs, replace=False) for _ in range(2))
+    a = rng.choice(emb.shape[-2], pairs, replace=False)
+    b = rng.choice(emb.shape[-2], pairs, replace=False)
     return mm_dist(emb[..., a, :], emb[..., b, :])
 
 
@@ -357,10 +343,9 @@ def multimodality(emb, rng):
 
 def mpjpe(pred, gt):
     """Mean joint error per frame with both pelvises (joint 0) at the origin: (T, J, 3) twice ->
-    (T,), in the joints' unit (metres: times 1000 for the tables). Source: momask's evaluation."""
+    (T,), in the joints' unit. Source: momask's evaluation."""
     error = float64(pred) - float64(gt)
-    error = error - error[:, :1]
-    return np.linalg.norm(error, axis=-1).mean(-1)
+    return np.linalg.norm(error - error[:, :1], axis=-1).mean(-1)
 
 
 def interval(values):

@@ -17,9 +17,8 @@ def keep_memory():
     in a training step, 5% of its time. Let it keep them; peak memory stays the same (1.6 GB)."""
     mmap_threshold, trim_threshold = -3, -1
     try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 2**31 - 1)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        for setting in (mmap_threshold, trim_threshold):
+            ctypes.CDLL(None).mallopt(setting, 2**31 - 1)
     except (OSError, AttributeError, TypeError):
         pass   # another system's malloc
 
@@ -38,22 +37,19 @@ def dropout(x, p, training):
     n = x.numel()
     drop = max(1, round(256 * p))
     low = 256 * drop - 32768   # a high byte below `drop` makes an int16 smaller than this
-    draws = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    draws = torch.empty((n + 7) // 8, dtype=torch.int64)
+    draws = draws.random_(-2**63, None).view(torch.int16)
     draws = torch.stack([draws, draws << 8]).view(-1)[:n]   # high bytes, then low ones
     survives = draws.clamp_(low - 1, low).sub_(low - 1)     # 0 or 1
     scale = 256 / (256 - drop)
     return x * survives.to(x.dtype).mul_(scale).view(x.shape)
 
 
-# ---------------------------------------------------------------------- attention, two forms of one
-# Short sequences on a CPU write their logits A down, as model.py shows it. Long ones, and all on a
-# GPU, go through scaled_dot_product_attention, and neither A nor S ever exists. At 4,096 tokens
-# that takes 1.5 s and 340 MB instead of 9.9 s and 5.9 GB (`bench.py --what=attention`).
-
-
 def forms_logits(x):
-    """Does attention over x (B, N, d) write down its N x N logits? On a CPU and up to 256 tokens it
-    is faster so: 4.3 ms a layer against the fused kernel's 8.5."""
+    """Does attention over x (B, N, d) write its N x N logits A down, as model.py shows it? On a CPU
+    and up to 256 tokens it is faster so: 4.3 ms a layer against the fused kernel's 8.5. Else it
+    goes through scaled_dot_product_attention, and neither A nor S ever exists: at 4,096 tokens
+    1.5 s and 340 MB instead of 9.9 s and 5.9 GB (`bench.py --what=attention`)."""
     return not x.is_cuda and x.shape[1] <= 256
 
 
@@ -83,7 +79,8 @@ def logit_std(q, k, valid):
     def mean_and_scatter(x):
         mean = (ok / N).to(x.dtype).mT @ x                                # (B, H, 1, d)
         centred = (x - mean) * ok
-        return mean.float(), (centred.mT @ centred).float()               # N C, (B, H, d, d)
+        scatter = centred.mT @ centred                                    # N C, (B, H, d, d)
+        return mean.float(), scatter.float()
 
     q_mean, q_scatter = mean_and_scatter(q)
     k_mean, k_scatter = mean_and_scatter(k)
@@ -107,9 +104,7 @@ def spread_prior(qs, ks, valid, x, head):
         pairs = valid[:, None] & valid[..., None]
         return S, pairs.flatten(1).float()[..., None]
     wide = -(head + qs.shape[-1]) % 8   # GPU kernels want multiples of 8
-    qs = F.pad(qs, (0, wide, front, 0))[:, None]
-    ks = F.pad(ks, (0, wide, front, 0))[:, None]
-    return qs, ks
+    return tuple(F.pad(part, (0, wide, front, 0))[:, None] for part in (qs, ks))
 
 
 def appended_attention(q, k, v, a_content, a_prior, prior, pad, p=0.0):
@@ -126,6 +121,8 @@ def appended_attention(q, k, v, a_content, a_prior, prior, pad, p=0.0):
         k = torch.cat([k, ks.to(k.dtype)], -1)
         v = F.pad(v, (0, q.shape[-1] - d))   # kernels of linear memory want one width for all three
         a_content = 1.0
-    pad = None if pad is None else pad.to(dtype)
-    o = F.scaled_dot_product_attention(q.to(dtype), k, v, pad, scale=a_content, dropout_p=p)
+    if pad is not None:
+        pad = pad.to(dtype)
+    q = q.to(dtype)
+    o = F.scaled_dot_product_attention(q, k, v, pad, scale=a_content, dropout_p=p)
     return o[..., :d]

@@ -3,13 +3,13 @@
     pipe = momask.pipeline('checkpoints', 't2m')      # tokenizer, both transformers, lengths
     judge = momask.evaluator('checkpoints', 't2m')
 
-root holds the release as it is unpacked: <root>/<t2m|kit>/<name>/{opt.txt, meta, model}. name '' is
-the only folder of its kind. Every size is read off the tensors or opt.txt, nothing in a checkpoint
-is executed, and whatever does not fit is a UserError that names the file. The networks themselves
-know nothing of this file: here stands how the release names their tensors.
+root holds the release as it is unpacked. A name '' is the only folder of its kind. Every size is
+read off the tensors or opt.txt, nothing in a checkpoint is executed, and whatever does not fit is a
+UserError that names the file.
 """
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -22,110 +22,148 @@ from motion import SKELETONS
 from runtime import load, load_named, read_array, read_text
 from vq import RVQVAE, VQConfig
 
-# (official, ours), applied to each tensor's name from top to bottom
-TOKENIZER = [
-    ('quantizer.layers', 'quantizers'),
-    ('model.', ''),
-]
-TRANSFORMER = [
-    ('input_process.poseEmbedding', 'trunk.embed'),
-    ('cond_emb', 'trunk.cond'),
-    ('seqTransEncoder.', 'trunk.'),
-    ('self_attn.in_proj_', 'attn.in_proj.'),
-    ('self_attn', 'attn'),
-    ('output_process.LayerNorm', 'head.norm'),
-    ('output_process.poseFinal', 'head.out'),
-    ('output_process', 'head'),
-]
-RESIDUAL = TRANSFORMER + [
-    ('quant_emb', 'layer_emb'),
-    ('token_embed_weight_', 'first'),
-    ('embed_proj_shared_weight', 'shared'),
-    ('output_proj_weight_', 'last'),
-]
+# {official: ours} in the tensors' names
+TOKENIZER = {'quantizer.layers': 'quantizers', 'model.': ''}
+TRANSFORMER = {
+    'input_process.poseEmbedding': 'trunk.embed',
+    'cond_emb': 'trunk.cond',
+    'seqTransEncoder.': 'trunk.',
+    'self_attn.in_proj_': 'attn.in_proj.',
+    'self_attn': 'attn',
+    'output_process.LayerNorm': 'head.norm',
+    'output_process.poseFinal': 'head.out',
+    'output_process': 'head',
+    # of the residual transformer alone
+    'quant_emb': 'layer_emb',
+    'token_embed_weight_': 'first',
+    'embed_proj_shared_weight': 'shared',
+    'output_proj_weight_': 'last',
+}
+LAYOUT = ('expected <root>/<t2m|kit>/<name>/{opt.txt, meta, model} of the official release; check '
+          'the root and the name')
 NOT_OURS = r'position_enc\.pe|clip_model\..*'   # recomputed; open_clip's (text.py)
+
+
+class Checkpoint:
+    """<root>/<dataset>/<name>/model/<file>: the state dict under the first of `keys` there."""
+
+    def __init__(self, root, dataset, name, file, *keys):
+        self.path = os.path.join(root, dataset, name, 'model', file)
+        entries = load(self.path, LAYOUT)
+        found = [key for key in keys if isinstance(entries.get(key), dict)]
+        if not found:
+            raise UserError(f'{self.path} has the entries {sorted(map(str, entries))}, expected '
+                            f'{" or ".join(keys)}: is it another model?')
+        self.weights = entries[found[0]]
+
+    def shape(self, name):
+        """Of a tensor that must be there."""
+        if not hasattr(self.weights.get(name), 'shape'):
+            raise UserError(f'{self.path} has no tensor {name}: is it of another model?')
+        return self.weights[name].shape
+
+    def count(self, pattern):
+        """How many different numbers stand at the pattern's group in the tensors' names."""
+        found = (re.match(pattern, name) for name in self.weights)
+        return len({match[1] for match in found if match})
+
+    def fill(self, model, names, missing_ok='$'):
+        """The model with these weights; names: {official: ours}, from top to bottom."""
+        weights = {}
+        for name, tensor in self.weights.items():
+            if not re.fullmatch(NOT_OURS, name):
+                for official, ours in names.items():
+                    name = name.replace(official, ours)
+                weights[name] = tensor
+        load_named(model, weights, self.path, missing_ok)
+        return model.eval()
 
 
 def tokenizer(root, dataset, name):
     """<root>/<dataset>/<name>/{model/net_best_fid.tar, meta/mean.npy, meta/std.npy} -> RVQVAE."""
-    path = os.path.join(root, dataset, name, 'model', 'net_best_fid.tar')
-    weights = read(path, 'vq_model', 'net')
-    width, dim, _ = shape(weights, 'encoder.model.0.weight', path)
-    n_codes, code_dim = shape(weights, 'quantizer.layers.0.codebook', path)
+    official = Checkpoint(root, dataset, name, 'net_best_fid.tar', 'vq_model', 'net')
+    width, dim, _ = official.shape('encoder.model.0.weight')
+    n_codes, code_dim = official.shape('quantizer.layers.0.codebook')
     config = VQConfig(
         dim=dim, n_codes=n_codes, code_dim=code_dim, width=width,
-        n_quantizers=count(weights, r'quantizer\.layers\.(\d+)\.'),
-        down=count(weights, r'encoder\.model\.(\d+)\.0\.weight'),
-        depth=count(weights, r'encoder\.model\.2\.1\.model\.(\d+)\.'))
+        n_quantizers=official.count(r'quantizer\.layers\.(\d+)\.'),
+        down=official.count(r'encoder\.model\.(\d+)\.0\.weight'),
+        depth=official.count(r'encoder\.model\.2\.1\.model\.(\d+)\.'))
     mean, std = statistics(os.path.join(root, dataset, name, 'meta'), dim)
-    model = RVQVAE(config, mean, std)
     running_sums = r'mean|std|.*code_(sum|count)'
-    load_named(model, rename(weights, TOKENIZER), path, missing_ok=running_sums)
-    return model.eval()
+    return official.fill(RVQVAE(config, mean, std), TOKENIZER, running_sums)
 
 
 def mask_transformer(root, dataset, name=''):
-    """<root>/<dataset>/<t2m_...>/model/latest.tar -> MaskTransformer, without spectral attention.
-    MSD sees motion through the codes of the tokenizer that opt.txt names."""
+    """<root>/<dataset>/<t2m_...>/model/latest.tar -> MaskTransformer. Its MSD sees motion through
+    the codes of the tokenizer that opt.txt names."""
     name = name or only_folder(root, dataset, 't2m_')
-    path = os.path.join(root, dataset, name, 'model', 'latest.tar')
-    weights = read(path, 't2m_transformer', 'trans')
-    rows, code_dim = shape(weights, 'token_emb.weight', path)
+    official = Checkpoint(root, dataset, name, 'latest.tar', 't2m_transformer', 'trans')
     opt = read_opt(root, dataset, name)
-    config = transformer_config(weights, path, opt, n_codes=rows - 2, code_dim=code_dim)
-    model = MaskTransformer(config)
-    load_named(model, rename(weights, TRANSFORMER), path, missing_ok='G')
+    rows, code_dim = official.shape('token_emb.weight')
+    config = transformer_config(official, opt, n_codes=rows - 2, code_dim=code_dim)
+    model = official.fill(MaskTransformer(config), TRANSFORMER, 'G')
     codes = tokenizer(root, dataset, opt['vq_name']).quantizers[0].codebook
     model.G.copy_(msd.gram(codes))
-    return model.eval()
+    return model
 
 
 def res_transformer(root, dataset, name=''):
     """<root>/<dataset>/<tres_...>/model/net_best_fid.tar -> ResTransformer."""
     name = name or only_folder(root, dataset, 'tres_')
-    path = os.path.join(root, dataset, name, 'model', 'net_best_fid.tar')
-    weights = read(path, 'res_transformer', 'trans')
-    shared, rows, code_dim = shape(weights, 'embed_proj_shared_weight', path)
+    official = Checkpoint(root, dataset, name, 'net_best_fid.tar', 'res_transformer', 'trans')
     opt = read_opt(root, dataset, name)
-    config = transformer_config(weights, path, opt, n_codes=rows - 1, code_dim=code_dim,
+    shared, rows, code_dim = official.shape('embed_proj_shared_weight')
+    config = transformer_config(official, opt, n_codes=rows - 1, code_dim=code_dim,
                                 n_quantizers=shared + 2)
-    model = ResTransformer(config)
-    load_named(model, rename(weights, RESIDUAL), path)
-    return model.eval()
+    return official.fill(ResTransformer(config), TRANSFORMER)
+
+
+def transformer_config(official, opt, **known):
+    """Sizes from the tensors, heads from opt.txt. MoMask has no spectral attention."""
+    latent, _ = official.shape('input_process.poseEmbedding.weight')
+    ff, _ = official.shape('seqTransEncoder.layers.0.linear1.weight')
+    _, text_dim = official.shape('cond_emb.weight')
+    n_layers = official.count(r'seqTransEncoder\.layers\.(\d+)\.')
+    n_heads = int(opt['n_heads'])
+    if n_heads < 1 or latent % n_heads:
+        raise UserError(f'{official.path}: {n_heads} heads do not divide its width {latent}: '
+                        'opt.txt is of another model.')
+    return ModelConfig(latent=latent, ff=ff, text_dim=text_dim, n_heads=n_heads, n_layers=n_layers,
+                       spectral_attn=False, **known)
 
 
 def length_estimator(root, dataset, name='length_estimator'):
     """<root>/<dataset>/<name>/model/finest.tar -> LengthEstimator."""
-    path = os.path.join(root, dataset, name, 'model', 'finest.tar')
-    weights = read(path, 'estimator')
-    _, text_dim = shape(weights, 'output.0.weight', path)
-    n_out, _ = shape(weights, 'output.11.weight', path)
-    model = LengthEstimator(text_dim, n_out)
-    load_named(model, weights, path)
-    return model.eval()
+    official = Checkpoint(root, dataset, name, 'finest.tar', 'estimator')
+    _, text_dim = official.shape('output.0.weight')
+    n_out, _ = official.shape('output.11.weight')
+    return official.fill(LengthEstimator(text_dim, n_out), {})
 
 
-def evaluator(root, dataset, name='text_mot_match', glove_dir=None):
-    """<root>/<dataset>/<name>/model/finest.tar, <root>/<dataset>/Comp_v6_KLD005/meta -> Evaluator.
-    glove_dir (else <root>/glove, where that exists) holds the word vectors that its text encoder
-    reads; without them it embeds motion only."""
-    path = os.path.join(root, dataset, name, 'model', 'finest.tar')
-    parts = {key: read(path, key)
-             for key in ('movement_encoder', 'motion_encoder', 'text_encoder')}
-    movement, features, _ = shape(parts['movement_encoder'], 'main.0.weight', path)
-    word_dim, tag_dim = shape(parts['text_encoder'], 'pos_emb.weight', path)
-    sizes = dict(
-        movement=movement, word_dim=word_dim, tag_dim=tag_dim,
-        code=shape(parts['movement_encoder'], 'main.3.weight', path)[0],
-        motion_hidden=shape(parts['motion_encoder'], 'hidden', path)[-1],
-        text_hidden=shape(parts['text_encoder'], 'hidden', path)[-1],
-        out=shape(parts['text_encoder'], 'output_net.3.weight', path)[0])
+def evaluator(root, dataset, glove_dir=None):
+    """<root>/<dataset>/text_mot_match/model/finest.tar, <root>/<dataset>/Comp_v6_KLD005/meta ->
+    Evaluator. glove_dir (else <root>/glove, where that exists) holds the word vectors that its text
+    encoder reads; without them it embeds motion only."""
+    movements, motion, text = (
+        Checkpoint(root, dataset, 'text_mot_match', 'finest.tar', part)
+        for part in ('movement_encoder', 'motion_encoder', 'text_encoder'))
+    movement, features, _ = movements.shape('main.0.weight')
+    code, _, _ = movements.shape('main.3.weight')
+    _, _, motion_hidden = motion.shape('hidden')
+    _, _, text_hidden = text.shape('hidden')
+    word_dim, tag_dim = text.shape('pos_emb.weight')
+    out, _ = text.shape('output_net.3.weight')
     mean, std = statistics(os.path.join(root, dataset, 'Comp_v6_KLD005', 'meta'), features + 4)
-    if glove_dir is None and os.path.isdir(os.path.join(root, 'glove')):
-        glove_dir = os.path.join(root, 'glove')
-    model = Evaluator(mean, std, Words(glove_dir) if glove_dir else None, **sizes)
-    for key, weights in parts.items():
-        load_named(getattr(model, key), weights, f'{path} ({key})')
+    glove = os.path.join(root, 'glove')
+    if glove_dir is None and os.path.isdir(glove):
+        glove_dir = glove
+    words = Words(glove_dir) if glove_dir else None
+    model = Evaluator(mean, std, words, movement, code, motion_hidden, text_hidden, out, word_dim,
+                      tag_dim)
+    movements.fill(model.movement_encoder, {})
+    motion.fill(model.motion_encoder, {})
+    text.fill(model.text_encoder, {})
     return model.eval()
 
 
@@ -147,66 +185,10 @@ def pipeline(root, dataset='t2m', text_encoder='clip', mask_name='', res_name=''
         text_encoder, meta, device)
 
 
-# -------------------------------------------------------------------------- reading what is there
-
-
-def read(path, *keys):
-    """The state dict under the first of `keys` in an official checkpoint."""
-    hint = ('expected the layout <root>/<t2m|kit>/<name>/model/ of the official release; check the '
-            'root and the name')
-    checkpoint = load(path, hint)
-    for key in keys:
-        if isinstance(checkpoint.get(key), dict):
-            return checkpoint[key]
-    raise UserError(f'{path} has the entries {sorted(map(str, checkpoint))}, expected '
-                    f'{" or ".join(keys)}: is it another model?')
-
-
-def rename(weights, table):
-    """Official tensor names -> ours."""
-    out = {}
-    for name, tensor in weights.items():
-        if re.fullmatch(NOT_OURS, name):
-            continue
-        for official, ours in table:
-            name = name.replace(official, ours)
-        out[name] = tensor
-    return out
-
-
-def shape(weights, name, path):
-    """The shape of a tensor that must be there."""
-    if not hasattr(weights.get(name), 'shape'):
-        raise UserError(f'{path} has no tensor {name}: is it the checkpoint of another model?')
-    return weights[name].shape
-
-
-def count(weights, pattern):
-    """How many different numbers stand at the pattern's group in the tensors' names."""
-    found = (re.match(pattern, name) for name in weights)
-    return len({match[1] for match in found if match})
-
-
-def transformer_config(weights, path, opt, **known):
-    """Sizes from the tensors, heads from opt.txt. An official model is MoMask: no spectral
-    attention."""
-    latent, _ = shape(weights, 'input_process.poseEmbedding.weight', path)
-    ff, _ = shape(weights, 'seqTransEncoder.layers.0.linear1.weight', path)
-    _, text_dim = shape(weights, 'cond_emb.weight', path)
-    n_heads = int(opt['n_heads'])
-    if n_heads < 1 or latent % n_heads:
-        raise UserError(f'{path}: {n_heads} heads do not divide its width {latent}: opt.txt is of '
-                        'another model.')
-    n_layers = count(weights, r'seqTransEncoder\.layers\.(\d+)\.')
-    return ModelConfig(latent=latent, ff=ff, text_dim=text_dim, n_heads=n_heads, n_layers=n_layers,
-                       spectral_attn=False, **known)
-
-
 def read_opt(root, dataset, name):
     """opt.txt of an official checkpoint, lines of 'key: value' -> dict of str."""
     path = os.path.join(root, dataset, name, 'opt.txt')
-    text = read_text(path, 'expected <root>/<t2m|kit>/<name>/opt.txt of the official release; '
-                           'check the root and the name')
+    text = read_text(path, LAYOUT)
     opt = dict(line.strip().split(': ', 1) for line in text.splitlines() if ': ' in line.strip())
     for key, form in (('n_heads', r'[0-9]{1,4}'), ('vq_name', r'[^\0/]+')):
         if not re.fullmatch(form, opt.get(key, '')):
@@ -231,10 +213,8 @@ def statistics(folder, dim):
 
 def only_folder(root, dataset, prefix):
     """The only folder under <root>/<dataset> whose name starts with prefix."""
-    folder = os.path.join(root, dataset)
-    found = []
-    if os.path.isdir(folder):
-        found = sorted(name for name in os.listdir(folder) if name.startswith(prefix))
+    folder = Path(root, dataset)
+    found = sorted(path.name for path in folder.glob(f'{prefix}*'))
     if len(found) != 1:
         raise UserError(f'{folder} has {len(found)} folders that start with {prefix} '
                         f'({", ".join(found) or "none"}), expected one: name it.')

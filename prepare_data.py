@@ -4,6 +4,7 @@
     python prepare_data.py bandai --src=bandai-namco.tar.xz     or the unpacked folder
     python prepare_data.py hml3d  --src=HumanML3D               also: kit --src=KIT-ML
     python prepare_data.py babel  --src=babel_v1.0_release      its json files and features
+    python prepare_data.py folder --src=takes --out=data/mine   BVH files or .npy joints of yours
 
 --out=data/NAME says where to write. The folder appears only when everything in it is complete.
 Every source hands (name, features (T, D), captions) of its clips to `write_dataset`, with captions
@@ -12,6 +13,8 @@ a list of dicts of text and tokens. A clip that cannot be used is a UserError in
 import argparse
 import bz2
 import contextlib
+import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -28,12 +31,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from scipy.interpolate import interp1d
 from tqdm import tqdm
 
 import toy
 from bvh import bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
-from data import FRAMES_PER_TOKEN, mean_std, save_meta, save_split
+from data import FRAMES_PER_TOKEN, LARGEST, mean_std, save_meta, save_split
 from motion import SKELETONS, joints_to_features, mirror, resample
 from runtime import read, read_array, read_json, read_text
 
@@ -41,7 +45,6 @@ SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
 MAX_FRAMES = 196   # the field's longest motion, 49 tokens
 TOO_LONG = 200     # it leaves out files of so many frames
-LARGEST = 1e6      # no feature is larger: a kilometre, in the millimetres of KIT
 
 # -------------------------------------------------------------------------- what all have in common
 
@@ -247,6 +250,20 @@ def bandai_joints(file):
     return resample(joints, fps, SMPL.fps)
 
 
+def cut(bodies):
+    """[(name, joints (T, 22, 3), captions)] of one motion -> clips, long motion in equal pieces."""
+    clips = []
+    frames = len(bodies[0][1]) - 1   # the features use up one
+    edges = np.linspace(0, frames, math.ceil(frames / MAX_FRAMES) + 1).astype(int)
+    for number, (first, last) in enumerate(pairwise(edges)):
+        suffix = f'-{number}' if frames > MAX_FRAMES else ''
+        for name, body, captions in bodies:
+            piece = body[first:last + 1]   # one frame more, for the last velocity
+            features = joints_to_features(piece, SMPL, steady=True).astype(np.float32)
+            clips.append((name + suffix, features, captions))
+    return clips
+
+
 def bandai_clips(file):
     """(path, bytes) -> split, list of clips, Counter of reasons why there are none.
 
@@ -260,21 +277,13 @@ def bandai_clips(file):
     clips, skipped = [], Counter()
     with skipping(skipped):
         joints = bandai_joints(file)
-        frames = len(joints) - 1   # the features use up one
-        if frames < SMPL.min_frames:
+        if len(joints) <= SMPL.min_frames:   # the features use up one
             raise UserError(f'shorter than {SMPL.min_frames} frames')
         bodies = [(path.stem, joints, bandai_captions(content, style))]
         if split == 'train':
             captions = bandai_captions(swap_sides(content), style)
             bodies.append(('M' + path.stem, mirror(joints, SMPL), captions))
-
-        edges = np.linspace(0, frames, math.ceil(frames / MAX_FRAMES) + 1).astype(int)
-        for number, (first, last) in enumerate(pairwise(edges)):
-            suffix = f'-{number}' if frames > MAX_FRAMES else ''
-            for name, body, captions in bodies:
-                piece = body[first:last + 1]   # one frame more, for the last velocity
-                features = joints_to_features(piece, SMPL, steady=True).astype(np.float32)
-                clips.append((name + suffix, features, captions))
+        clips = cut(bodies)
     return split, clips, skipped
 
 
@@ -405,11 +414,13 @@ SMALL_WORDS = {
            'clockwise counterclockwise',
     'DET': 'a an the both his her their something', 'CCONJ': 'and then'}
 TAG_OF = {word: tag for tag, words in SMALL_WORDS.items() for word in words.split()}
+WHO = 'person man woman figure human character dancer someone somebody he she they'.split()
 
 
 def simple_tags(text):
     """'turn left with the left arm' -> 'turn/VERB left/ADV with/ADP the/DET left/ADJ arm/NOUN':
-    BABEL's labels are short and start with a verb, so a table of small words will do."""
+    BABEL's labels are short and start with a verb, so a table of small words will do. In a sentence
+    the verb follows its subject: 'a person walks'."""
     words = re.findall(r"[a-z0-9']+", text.lower())
     tags = []
     for i, word in enumerate(words):
@@ -421,10 +432,19 @@ def simple_tags(text):
         elif word.endswith('ly'):
             tag = 'ADV'
         else:
-            verb = i == 0 or tags[-1] == 'CCONJ' or word.endswith('ing')
-            tag = 'VERB' if verb else 'NOUN'
+            verb = i == 0 or tags[-1] == 'CCONJ' or words[i - 1] in WHO or word.endswith('ing')
+            tag = 'VERB' if verb and word not in WHO else 'NOUN'
         tags.append(tag)
     return ' '.join(f'{word}/{tag}' for word, tag in zip(words, tags))
+
+
+def babel_entries(path):
+    """A json file of BABEL -> {key: entry}."""
+    hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
+    entries = read_json(path, hint)
+    if not isinstance(entries, dict):
+        raise UserError(f'{path} holds no dict of entries: {hint}.')
+    return entries
 
 
 def babel_clips(src, entries, split, skipped):
@@ -465,13 +485,207 @@ def prepare_babel(folder, src):
     skipped = Counter()
     splits = {}
     for split, file in dict(train='train.json', val='val.json', test='val.json').items():
-        path = Path(src, file)
-        hint = "--src is the folder with BABEL's train.json, val.json and new_joint_vecs/"
-        entries = read_json(path, hint)
-        if not isinstance(entries, dict):
-            raise UserError(f'{path} holds no dict of entries: {hint}.')
-        splits[split] = babel_clips(src, entries, split, skipped)
+        splits[split] = babel_clips(src, babel_entries(Path(src, file)), split, skipped)
     write_dataset(folder, 'babel', 'smpl22', splits, skipped)
+
+
+# --------------------------------------------- folder: BVH files or .npy joints that are one's own
+
+JOINT_NAMES = json.loads(Path(HERE, 'config', 'joint_names.json').read_text(encoding='utf-8'))
+IN_ORDER = {'SMPL': {name: str(j) for j, name in enumerate(SMPL.names)}}   # of an .npy's joints
+UNITS = {'m': 1.0, 'cm': 0.01, 'mm': 0.001}
+LEG = (0.5, 1.3)   # metres from hip to ankle along the bones: from children to giants
+TRIED = 20         # files that are looked at for unit and axes
+
+
+def unit(text):
+    """'cm' or '0.0564' -> metres."""
+    metres = UNITS.get(text) or float(text)
+    if not 0 < metres < math.inf:
+        raise ValueError
+    return metres
+
+
+def plain(name):
+    """A name without prefix, case and marks: 'mixamorig:LeftUpLeg' -> 'leftupleg', 'm_avg_L_Hip' ->
+    'lhip'."""
+    return re.sub(r'^.*:|^mixamorig\d*|^[mf]_avg_|[^a-z0-9]', '', str(name).lower())
+
+
+def place_joints(world, names, maps):
+    """A file's joints (T, N, 3) and their names -> SMPL's (T, 22, 3), and how they were found.
+
+    maps: {whose: {our joint: their name}}, of which the one that lacks least is taken. A joint that
+    is missing between two others of its chain is put between them. UserError for any other."""
+    at = {plain(name): i for i, name in enumerate(names)}
+    found = {}
+    for whose, theirs in maps.items():
+        found[whose] = {ours: at[plain(name)] for ours, name in theirs.items() if plain(name) in at}
+    whose = min(maps, key=lambda whose: (len(maps[whose]) - len(found[whose]), -len(found[whose])))
+
+    joints = np.full((len(world), SMPL.n_joints, 3), np.nan)
+    for ours, i in found[whose].items():
+        joints[:, SMPL.names.index(ours)] = world[:, i]
+    for chain in map(list, SMPL.chains):
+        there = np.flatnonzero(np.isfinite(joints[0, chain, 0]))
+        if len(there) > 1:
+            between = interp1d(there, joints[:, chain][:, there], axis=1, bounds_error=False)
+            joints[:, chain] = between(range(len(chain)))
+    lost = [name for name, x in zip(SMPL.names, joints[0, :, 0]) if np.isnan(x)]
+    if lost:
+        raise UserError(f'no place for {", ".join(lost)} among joints named {", ".join(names[:4])} '
+                        f'... ({whose} fits best): say which they are in --joints=map.json')
+    guessed = [name for name in SMPL.names if name not in found[whose]]
+    between = f'; put between their neighbours: {", ".join(guessed)}' if guessed else ''
+    return joints, f'joints found by the names of {whose}{between}'
+
+
+def own_joints(path, maps, fps):
+    """A BVH or .npy file -> joints (T, 22, 3) in its own unit and axes, frames a second (an .npy's
+    are fps), and how the joints were found. maps: as in `place_joints`, None for the known ones."""
+    if path.suffix.lower() == '.bvh':
+        names, parents, offsets, channels, frames, fps = read_bvh(str(path))
+        world = bvh_to_joints(parents, offsets, channels, frames)
+        maps = maps or JOINT_NAMES
+    else:
+        world = read_array(path, 'get it again').astype(np.float64)
+        if world.ndim != 3 or world.shape[2] != 3:
+            raise UserError(f'.npy file of shape {world.shape}, expected joints (T, J, 3)')
+        names = [str(j) for j in range(world.shape[1])]
+        maps = maps or IN_ORDER
+    if len(world) < 2 or not np.isfinite(world).all():
+        raise UserError('a single frame, or NaN or infinity in joints')
+    joints, how = place_joints(world, names, maps)
+    return joints, fps, how
+
+
+def unit_and_up(files, maps, fps):
+    """What the first of the files look like: metres of their unit and the axis that points up."""
+    legs, bodies, skipped = [], [], Counter()
+    for path in files[:TRIED]:
+        with skipping(skipped):
+            joints, _, _ = own_joints(path, maps, fps)
+            bones = np.linalg.norm(joints - joints[:, SMPL.parents], axis=-1)
+            legs.append(np.median(bones[:, SMPL.leg_joints].sum(-1)))
+            feet = joints[:, SMPL.feet].mean(1)
+            bodies.append((joints[:, SMPL.names.index('head')] - feet).mean(0))
+    if not legs:
+        raise UserError(f'none of the first {len(files[:TRIED])} files can be used, the first '
+                        f'because of: {next(iter(skipped))}')
+    leg, body = np.median(legs), np.median(bodies, axis=0)
+    axis = np.abs(body).argmax()
+    up = 'xyz'[axis] if axis and body[axis] > 0 else None   # no file format has x up
+    metres = [metres for metres in UNITS.values() if LEG[0] < leg * metres < LEG[1]]
+    return leg, metres[0] if metres else None, up
+
+
+def own_clips(job, maps, fps, metres, up):
+    """(path, name, captions) -> clips, those of the mirror image, how the joints were found, and a
+    Counter of reasons why there are none."""
+    path, name, texts = job
+    clips, mirrored, how, skipped = [], [], '', Counter()
+    with skipping(skipped):
+        joints, fps, how = own_joints(path, maps, fps)
+        if up == 'z':
+            joints = joints[..., [0, 2, 1]] * [1, 1, -1]
+        joints = resample(joints * metres, fps, SMPL.fps)
+        if len(joints) <= SMPL.min_frames:   # the features use up one
+            raise UserError(f'shorter than {SMPL.min_frames} frames')
+        captions = [dict(text=text, tokens=simple_tags(text)) for text in texts]
+        swapped = [{key: swap_sides(c[key]) for key in c} for c in captions]
+        clips = cut([(name, joints, captions)])
+        mirrored = cut([('M' + name, mirror(joints, SMPL), swapped)])
+    return clips, mirrored, how, skipped
+
+
+def read_joint_names(path):
+    """A json file {our joint: the files' name of it, or its number in an .npy} -> the same."""
+    names = read_json(path, 'config/joint_names.json shows what is expected')
+    unknown = sorted(set(names) - set(SMPL.names)) if isinstance(names, dict) else [names]
+    if unknown:
+        raise UserError(f'{path} has {unknown[0]!r}, expected names of joints for '
+                        f'{", ".join(SMPL.names)}')
+    return names
+
+
+def read_table(path, skipped):
+    """Lines 'file,caption' of a csv file -> {file without its suffix: [captions]}."""
+    hint = 'expected lines file,caption; --captions says where they are'
+    lines = read_text(path, hint).splitlines()
+    rows = read(path, hint, lambda path: list(csv.reader(lines)))
+    texts = {}
+    for file, *cells in filter(any, rows):
+        file = file.strip()
+        text = ','.join(cells).strip().lower()   # several where nobody quoted a caption's commas
+        if (file.lower(), text) == ('file', 'caption'):
+            continue
+        if file and re.search(r'\w', text) and not NOT_TEXT.search(text):
+            file = re.sub(r'\.(bvh|npy)$', '', file, flags=re.IGNORECASE)
+            texts.setdefault(file.replace('\\', '/'), []).append(text)
+        else:
+            skipped['line of the captions without file and caption'] += 1
+    return texts
+
+
+def prepare_folder(folder, name, args):
+    """All BVH files and .npy joints (T, J, 3) under args.src, with the settings of the command
+    line. Files are split by a hash of their names; training clips have their mirror images beside
+    them."""
+    src, fps = args.src, args.fps
+    files = [path for path in sorted(Path(src).rglob('*'))
+             if path.suffix.lower() in ('.bvh', '.npy') and path.is_file()]
+    if not files:
+        raise UserError(f'{src} holds no .bvh or .npy file')
+    if fps < 1 and any(path.suffix.lower() == '.npy' for path in files):
+        raise UserError(f'{src} holds .npy files, which do not tell their frame rate: give --fps')
+    maps = {args.joints: read_joint_names(args.joints)} if args.joints else None
+    leg, metres, up = unit_and_up(files, maps, fps)
+    metres = args.unit or metres
+    up = args.up or up
+    if not metres or not up:
+        raise UserError(f'{src}: legs are {leg:.3g} units long and {up or "no axis"} points up, '
+                        'expected a body in m, cm or mm with y or z up: give --unit and --up')
+    print(f'legs are {leg:.3g} units long, {leg * metres:.2f} m, and {up} points up; where that is '
+          'wrong, give --unit and --up')
+
+    skipped = Counter()
+    texts = read_table(args.captions or Path(src, 'captions.csv'), skipped)
+    jobs, named = [], set()
+    for path in files:
+        place = path.relative_to(src).with_suffix('').as_posix()
+        keys = dict.fromkeys([place, path.stem])
+        of_file = [text for key in keys for text in texts.get(key, [])]
+        jobs.append((path, place.replace('/', '-'), of_file))
+        named.update(keys)
+    strays = sum(len(texts[key]) for key in texts.keys() - named)
+    if strays:
+        skipped['caption of a file that is not there'] = strays
+
+    usable, hows = [], Counter()
+    work = functools.partial(own_clips, maps=maps, fps=fps, metres=metres, up=up)
+    for clips, mirrored, how, reasons in in_parallel(work, jobs, name):
+        skipped += reasons
+        if clips:
+            usable.append((clips, mirrored))
+            hows[how] += 1
+    for how, n in hows.items():
+        print(f'{n:,} files: {how}')
+    silent = sum(not clips[0][2] for clips, _ in usable)
+    if silent:
+        print(f'{silent:,} files have no caption: only the tokenizer learns from them')
+    if len(usable) < len(SPLITS) or silent == len(usable):
+        often = f', most often because: {max(skipped, key=skipped.get)}' if skipped else ''
+        raise UserError(f'{src} has {len(usable)} usable files, {silent} of them without a '
+                        f'caption, expected 3 or more, with captions{often}')
+
+    usable.sort(key=lambda file: hashlib.md5(file[0][0][0].encode()).hexdigest())
+    first_val = math.ceil(0.1 * len(usable))
+    first_train = first_val + math.ceil(0.05 * len(usable))
+    splits = {
+        'train': sum((clips + mirrored for clips, mirrored in usable[first_train:]), []),
+        'val': sum((clips for clips, _ in usable[first_val:first_train]), []),
+        'test': sum((clips for clips, _ in usable[:first_val]), [])}
+    write_dataset(folder, name, 'smpl22', splits, skipped, steady=True)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -481,9 +695,16 @@ def main(argv=None):
     """Prepare one data set. UserError says why it cannot be, and then nothing was written."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument('name', choices=['toy', 'bandai', 'hml3d', 'kit', 'babel'])
+    parser.add_argument('name', choices=['toy', 'bandai', 'hml3d', 'kit', 'babel', 'folder'])
     parser.add_argument('--src', help='where the data lies (all but toy)')
     parser.add_argument('--out', help='default data/NAME')
+    own = parser.add_argument_group('folder')
+    own.add_argument('--captions', help='csv of lines file,caption; default SRC/captions.csv')
+    own.add_argument('--joints', help='json, which of your joints is which; see '
+                                      'config/joint_names.json for the names that are known')
+    own.add_argument('--unit', type=unit, help='m, cm, mm or metres; default: what fits a body')
+    own.add_argument('--up', choices=['y', 'z'], help='axis; default: where heads are above feet')
+    own.add_argument('--fps', type=float, default=0, help='frames a second of .npy files')
     args = parser.parse_args(argv)
     if args.name != 'toy' and not args.src:
         raise UserError(f'{args.name} needs --src=PATH, the place where its data lies; see --help')
@@ -496,6 +717,8 @@ def main(argv=None):
             prepare_bandai(folder, args.src)
         elif args.name == 'babel':
             prepare_babel(folder, args.src)
+        elif args.name == 'folder':
+            prepare_folder(folder, Path(out).name, args)
         else:
             prepare_field(folder, args.src, args.name)
     print(f'wrote {out}')

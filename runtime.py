@@ -16,10 +16,6 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-try:
-    import fcntl
-except ImportError:   # Windows: there two runs into one folder are not kept apart
-    fcntl = None
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -172,17 +168,17 @@ def atomic_write(path, mode='wb'):
 
 
 def must_be_writable(path):
-    """UserError, before the work, where it could not be written to a file `path` at its end. Its
-    folder is made."""
-    folder = os.path.dirname(os.path.abspath(path))
+    """UserError, before the work, where it could not write a file `path` at its end. Its folder is
+    made."""
     try:
+        if os.path.isdir(path):
+            raise OSError('it is a folder')
+        folder = os.path.dirname(os.path.abspath(path))
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as e:
         raise UserError(f'{path} cannot be written ({e}): give another place.') from None
-    if os.path.isdir(path):
-        raise UserError(f'{path} is a folder, expected the name of a file.')
 
 
 def read(path, hint, open_it):
@@ -194,11 +190,12 @@ def read(path, hint, open_it):
         return open_it(path)
     except Exception as e:
         why = ' '.join(str(e).split()) or type(e).__name__
+        if re.search('pickle|weights.only', why, re.IGNORECASE):   # which advise to take the risk
+            why = 'damaged, or more than plain data; code in it was not run'
         raise UserError(f'{path} cannot be read ({why:.200}): {hint}.') from None
 
 
 def read_text(path, hint):
-    """A text file -> str, without a byte order mark."""
     return read(path, hint, lambda path: Path(path).read_text(encoding='utf-8-sig'))
 
 
@@ -231,27 +228,22 @@ def read_arrays(path, hint, keys):
     return read(path, hint, open_it)
 
 
-def not_finite(tree, name=''):
-    """The name of a tensor that holds NaN or infinity, in nested dicts and lists; None is good."""
-    if isinstance(tree, torch.Tensor):
-        bad = tree.is_floating_point() and not tree.isfinite().all()
-        return name if bad else None
-    items = ()
-    if isinstance(tree, dict):
-        items = tree.items()
-    if isinstance(tree, (list, tuple)):
-        items = enumerate(tree)
-    return next(filter(None, (not_finite(x, f'{name} {key}'.strip()) for key, x in items)), None)
+def not_finite(weights):
+    """The name of a tensor that holds NaN or infinity, None where all is well."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            return name
+    return None
 
 
-def save(obj, path):
-    """torch.save, whole or not at all. UserError for NaN or infinity in a tensor."""
-    bad = not_finite(obj)
+def save(checkpoint, path):
+    """torch.save, whole or not at all. UserError for NaN or infinity in a network's weights."""
+    bad = not_finite(checkpoint.get('model') or checkpoint.get('state') or {})
     if bad:
         raise UserError(f'{path} was not written, and what was there is as it was: {bad} holds NaN '
                         'or infinity; lower the learning rate, or look for broken clips.')
     with atomic_write(path) as f:
-        torch.save(obj, f)
+        torch.save(checkpoint, f)
 
 
 def load(path, hint, kind=None, keys=()):
@@ -274,16 +266,9 @@ def load(path, hint, kind=None, keys=()):
 def open_checkpoint(path):
     with open(path, 'rb') as f:
         if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
-            raise ValueError('damaged: a checksum does not fit')
+            raise ValueError('a checksum does not fit')
         f.seek(0)
-        try:
-            checkpoint = torch.load(f, map_location='cpu', weights_only=True)
-        except Exception as e:
-            # operand 149 begins an ordinary pickle, which torch.save never writes
-            if 'GLOBAL' in str(e) or 'operand 149' in str(e):
-                raise ValueError('it holds something other than plain tensors, and code in it was '
-                                 'not run') from None
-            raise ValueError('damaged, or no checkpoint') from None
+        checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     if not isinstance(checkpoint, dict):
         raise ValueError('it holds no dict')
     return checkpoint
@@ -326,7 +311,7 @@ def load_named(model, weights, path, missing_ok='$'):
 # -------------------------------------------------------------------------------- a run, and whose
 
 
-# settings that a run may go on with: where things lie (data and tokenizer are known by their
+# what may differ when a run goes on: where things lie (data and tokenizer are known by their
 # hashes), how long it lasts, what it prints, the machine
 MAY_CHANGE = set('data out_dir vq init_from overwrite mask_iters res_iters len_iters vq_iters '
                  'eval_every vq_eval_every log_every device dtype compile'.split())
@@ -340,13 +325,14 @@ def hold(folder, name):
     must_be_writable(path)
     lock = open(path, 'a+', encoding='utf-8')
     try:
-        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         raise UserError(f'{folder} is in use, {lock.read()} writes {name}.pt there: wait for it, '
                         'or give another --out_dir.') from None
-    except OSError:
-        pass   # a file system without locks
+    except (ImportError, OSError):
+        pass   # Windows, or a file system without locks
     lock.truncate(0)
     print(f'process {os.getpid()} on {socket.gethostname()}', end='', file=lock, flush=True)
     held.append(lock)
@@ -358,78 +344,59 @@ def open_run(run, folder, kind, config, keys=(), **identity):
     """The start of a run that writes <kind>.pt and <kind>_last.pt into a folder: hold it, and look
     at what is there. Returns the checkpoint to go on from with init_from 'resume', None otherwise.
 
-    config: the settings, which every checkpoint keeps, as it keeps the `identity` (hashes of data
-    and tokenizer). keys: what else the checkpoint to go on from must have. UserError where resume
-    would go on with another run, and where a run from scratch would replace one without
-    --overwrite=True.
+    config: the settings, and identity: hashes of data and tokenizer; checkpoints keep both. keys:
+    what else the one to go on from must have. UserError where it is of another run, and where a run
+    from scratch would replace a checkpoint without --overwrite=True.
     """
     if run.main:
         hold(folder, kind)
     last, best = (os.path.join(folder, f'{kind}{end}.pt') for end in ('_last', ''))
-    now = {**config, **identity}
-    if config.get('init_from') == 'resume':
-        checkpoint = load(last, 'nothing to resume, leave out --init_from', kind,
-                          ('it', 'model', 'settings', *keys))
-        other = differences(checkpoint, now)
-        if other:
-            raise UserError(f'{last} is of another run ({told(last, checkpoint)}): {other}; give '
-                            'its settings, or start anew with --overwrite=True instead of '
-                            '--init_from=resume.')
-        return checkpoint
-    there = next(filter(os.path.exists, (last, best)), None)
-    if there and not config['overwrite']:
-        checkpoint = load(there, '', kind)
-        other = differences(checkpoint, now)
-        raise UserError(f'{there} is there already ({told(there, checkpoint)}'
-                        f'{"; " if other else ""}{other}): go on with --init_from=resume, replace '
-                        'it with --overwrite=True, or give another --out_dir.')
-    return None
+    resumes = config.get('init_from') == 'resume'
+    there = last if resumes or os.path.exists(last) else best
+    if not resumes and (config['overwrite'] or not os.path.exists(there)):
+        return None
 
-
-def told(path, checkpoint):
-    date = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
-    return f'step {checkpoint.get("it", "unknown")} of {date}'
-
-
-def differences(checkpoint, now):
-    """'lr was 0.001, now 0.002': in what a checkpoint's run differs from the one that starts."""
+    keys = ('it', 'model', 'settings', *keys) if resumes else ()
+    checkpoint = load(there, 'leave out --init_from, or give --overwrite=True', kind, keys)
     was = {**checkpoint, **checkpoint.get('settings', {})}
-    return ', '.join(f'{key} was {was[key]}, now {now[key]}' for key in now
-                     if key in was and key not in MAY_CHANGE and was[key] != now[key])
+    other = ', '.join(f'{key} was {was[key]}, now {value}'
+                      for key, value in {**config, **identity}.items()
+                      if key in was and key not in MAY_CHANGE and was[key] != value)
+    if resumes and not other:
+        return checkpoint
+    date = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(there)))
+    go_on = 'go on with --init_from=resume and its settings, ' if there == last else ''
+    raise UserError(f'{there} is there already, step {checkpoint.get("it", "unknown")} of {date}, '
+                    f'{"of another run: " if other else "of this very run"}{other}; {go_on}give '
+                    'another --out_dir, or replace it: --overwrite=True without --init_from.')
 
 
 class Losses:
     """The losses of the last steps, on the device: to look at each at once would be to wait for a
-    GPU at each. No checkpoint may be written before they are looked at."""
+    GPU at each step. They are looked at before anything is saved.
+
+    names: a function from what `add` was given of a batch to its clips' names. hint: what to do
+    about a loss that is not finite.
+    """
 
     def __init__(self, names, hint):
-        """names: a function from what `add` was given of a batch to its clips' names. hint: what to
-        do about a loss that is not finite."""
         self.names = names
         self.hint = hint
         self.waiting = []
 
     def add(self, step, loss, batch):
-        """The loss (a scalar tensor) of a step, and what `names` needs."""
         self.waiting.append((step, loss.detach(), batch))
 
     def look(self):
-        """The last loss, a mean over ranks. UserError names the first step whose loss is not
-        finite, and its clips."""
+        """The last loss, a mean over ranks. UserError for the first that is not finite."""
         values = mean_over_ranks(torch.stack([loss for _, loss, _ in self.waiting]))
         for (step, _, batch), value in zip(self.waiting, values):
-            self.refuse(step, value, batch)
-        self.last = self.waiting[-1]
+            self.refuse('loss', value, step, batch)
         self.waiting = []
         return value
 
-    def validated(self, figures):
-        """UserError for figures of a validation, after the last step, that are not finite."""
-        step, _, batch = self.last
-        for value in figures:
-            self.refuse(step, value, batch, 'validation error')
-
-    def refuse(self, step, value, batch, what='loss'):
+    def refuse(self, what, value, step, batch):
+        """UserError for a value that is not finite, after a step on this batch."""
         if not math.isfinite(value):
             names = list(dict.fromkeys(map(str, self.names(batch))))
             raise UserError(f'The {what} is {value} at step {step}, and nothing was saved since: '

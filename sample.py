@@ -9,8 +9,9 @@
     python sample.py config/toy.py --prompt="a person jumps" --explain=True   # HGM3's graph, MSD
     python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a clip's MSD, drawn
 
-For every motion: a GIF to look at and joints (T, J, 3) as .npy, with the prompt in the file name.
-Same seed, same motion.
+For every motion, with the prompt in the file name: a GIF to look at (an MP4 too where ffmpeg is
+installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations as .bvh, in centimetres, for
+Blender and its like. Same seed, same motion.
 """
 import math
 import os
@@ -25,13 +26,14 @@ from tqdm import tqdm
 import hgm3
 import momask
 import msd
+from bvh import fit_rotations, write_bvh
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, load_meta, load_split
 from detect import describe, parse, passes
-from draw import draw_explained, draw_gif, draw_grid, draw_msd
+from draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
 from fast import keep_memory
 from generate import decoding_of, load_pipeline
-from motion import SKELETONS, features_to_joints, joints_to_features
+from motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
 from runtime import must_be_writable, read_array, read_text, setup
 from vq import load_tokenizer
 
@@ -56,29 +58,14 @@ length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
 samples_dir = ''             # '' is <out_dir>/samples
-# decoding
-steps = 10
-cond_scale = 4.0             # guidance of the base tokens (KIT 2)
-res_scale = 5.0              # guidance of the residual tokens
-top_share = 0.1              # base tokens are drawn from this share of the codes
-temperature = 1.0            # T_global of Eq 18
-anneal = 0.0                 # T_global falls by this share over the steps
-res_temperature = 1.0
-res_layers = -1              # residual layers to add; -1 is all
-das_sampling = False         # (III) of Table 4, 3.6: complexity-aware decoding
-lambda_D = 0.5               # Eq 15
-beta = 0.5                   # Eq 18
-sigma_max = 0.5              # Eq 19
-msd_decode = 'kept'          # MSD of the 'kept' tokens | of the full 'guess'
-motion_steps = 2             # HGM3 (--text=graph): steps that hear of the motion node alone
-action_steps = 5             # and up to this one of actions too
+footlock = False             # hold standing feet still: post-processing, *_footlock.* says so
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
 config = configure(
-    globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
-    momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'), device=('auto', 'cpu', 'cuda'),
-    dtype=('auto', 'bfloat16', 'float32'))
+    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
+    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
+    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)
@@ -278,13 +265,23 @@ def report(caption, joints):
 
 
 # files
+skeleton = SKELETONS[pipe.meta['skeleton']]
+mark = '_footlock' if footlock else ''
 drawn = []
 for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     joints = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit
     slug = re.sub(r'\W+', '-', captions[i].lower()).strip('-')[:80]
-    name = os.path.join(folder, f'{i:03d}_{slug}')
+    name = os.path.join(folder, f'{i:03d}_{slug}{mark}')
+    if footlock:
+        _, _, joints = fit_rotations(joints, skeleton)   # bones of constant length
+        joints = lock_feet(joints, skeleton, fps).astype(np.float32)
     np.save(name + '.npy', joints)
+    write_bvh(name + '.bvh', joints, skeleton, fps)
+    draw_strip(joints, name + '.png', captions[i])
     draw_gif(joints, name + '.gif', captions[i], fps)
+    suffixes = 'gif, bvh, npy, png'
+    if gif_to_mp4(name + '.gif'):
+        suffixes += ', mp4'
     if explain:
         draw_explanation(name + '_explained.png', captions[i], tokens[i], joints)
     drawn.append((captions[i], joints))
@@ -294,6 +291,6 @@ if pipe.meta['name'] == 'toy':
     print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
 others = ''
 if len(drawn) > 1:
-    draw_grid(drawn[:9], os.path.join(folder, 'grid.gif'))
-    others = ' and others, the first nine side by side in grid.gif'
-print(f'written to {folder}/: {os.path.basename(name)}.gif{others}')
+    draw_grid(drawn[:9], os.path.join(folder, f'grid{mark}.gif'))
+    others = f' and others, the first nine side by side in grid{mark}.gif'
+print(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')

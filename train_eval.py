@@ -7,8 +7,7 @@ Stage 1 is the movement autoencoder of Guo et al. 2022, stage 2 matches text and
 the symmetric cross-entropy of picking the right partner in the whole batch by Euclidean distance,
 the very quantity that R-precision ranks (after 300 steps on bandai a val top-1 of 0.82 to 0.84; the
 paper's loss, which pushes one mismatched pair beyond a margin, had 0.65). A motion is a text's
-right partner when the text is one of its clip's captions. The sizes learn toy and bandai in
-minutes; the official ones stand beside them.
+right partner when the text is one of its clip's captions.
 """
 import json
 import math
@@ -70,39 +69,38 @@ for caption in train.split.captions:
     texts_of_clip[caption['clip']].add(caption['text'])
 
 words = Words(glove_dir)
-model = Evaluator(mean, std, words, movement=ev_movement, code=ev_code, out=ev_out,
-                  motion_hidden=ev_motion_hidden, text_hidden=ev_text_hidden, word_dim=words.dim)
-model = model.to(run.device)
-print(f'{data}: {len(train)} train and {len(val)} val clips, '
-      f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters')
+model = Evaluator(mean, std, words, ev_movement, ev_code, ev_motion_hidden, ev_text_hidden, ev_out,
+                  words.dim).to(run.device)
+n_parameters = sum(p.numel() for p in model.parameters())
+print(f'{data}: {len(train)} train and {len(val)} val clips, {n_parameters / 1e6:.1f}M parameters')
 
 
 def draw(clips, size, generator, crop):
-    """So many random clips -> motions, a list of (T, D), and of one caption each: texts, tokens
-    and numbers of clips."""
+    """So many random clips -> motions, a list of (T, D), and a caption of each."""
     rows = torch.randperm(len(clips), generator=generator)[:size]
     picks, first, frames = clips.draw(rows, generator, crop)
-    captions = [clips.split.captions[i] for i in picks]
-    texts, tokens, clip = ([c[key] for c in captions] for key in ('text', 'tokens', 'clip'))
-    return clips.features(first, frames), texts, tokens, clip
+    return clips.features(first, frames), [clips.split.captions[i] for i in picks]
 
 
 def training_batch():
-    """ev_batch random clips, cropped as in the field -> normalized motion (B, T, D) with zeros
-    behind each end, lengths (B,), tokens (B strings), match (B, B): is text i one of clip j's?, and
-    the clips' numbers."""
-    motions, texts, tokens, clip = draw(train, ev_batch, generator, crop=True)
+    """Clips cropped as in the field -> normalized motion (B, T, D) with zeros behind each end,
+    lengths (B,), tokens (B strings), match (B, B), 1 where text i is one of clip j's, and the
+    clips' numbers."""
+    motions, captions = draw(train, ev_batch, generator, crop=True)
     x = [model.normalize(torch.from_numpy(motion).to(run.device)) for motion in motions]
     x = F.pad(pad_sequence(x, batch_first=True), (0, 0, 0, 4))
     lengths = torch.tensor([len(motion) for motion in motions])
-    match = [[text in texts_of_clip[j] for j in clip] for text in texts]
-    return x, lengths, tokens, torch.tensor(match, device=run.device), clip
+    clip = [caption['clip'] for caption in captions]
+    match = [[caption['text'] in texts_of_clip[j] for j in clip] for caption in captions]
+    tokens = [caption['tokens'] for caption in captions]
+    return x, lengths, tokens, torch.tensor(match).to(x), clip
 
 
 def all_pairs(clips):
     """Every clip once, whole, in an order shuffled always alike -> motions, texts, tokens."""
     fixed = torch.Generator().manual_seed(0)
-    return draw(clips, len(clips), fixed, crop=False)[:3]
+    motions, captions = draw(clips, len(clips), fixed, crop=False)
+    return motions, [c['text'] for c in captions], [c['tokens'] for c in captions]
 
 
 def embed(motions):
@@ -128,8 +126,7 @@ decoder = nn.Sequential(
     nn.ConvTranspose1d(ev_movement, len(mean) - 4, 4, 2, 1)).to(run.device)
 params = [*model.movement_encoder.parameters(), *decoder.parameters()]
 opt = torch.optim.AdamW(params, weight_decay=ev_weight_decay)
-bar = tqdm(range(ev_ae_steps), desc='1 autoencoder', mininterval=1)
-for step in bar:
+for step in tqdm(range(ev_ae_steps), desc='1 autoencoder', mininterval=1):
     x, lengths, _, _, clip = training_batch()
     with run.autocast():
         z = model.movement_encoder(x[..., :-4])   # (B, T // 4, code)
@@ -143,16 +140,16 @@ for step in bar:
     losses.add(step + 1, loss, clip)
     if step % 20 == 0:
         losses.look()
-        bar.set_postfix(reconstruction=f'{reconstruction.item():.4f}')
+    if step + 1 == ev_ae_steps:
+        tqdm.write(f'autoencoder: reconstruction {reconstruction.item():.4f}')
 
 
 def matching_loss(text, motion, match):
     """text, motion (B, d), match (B, B) -> scalar. All right partners of one share the
     probability: cross-entropy against their even mixture."""
     logits = -torch.cdist(text, motion) * log_scale.exp()
-    right = match.float()
-    to_motion = (logits.log_softmax(1) * right).sum(1) / right.sum(1)
-    to_text = (logits.log_softmax(0) * right).sum(0) / right.sum(0)
+    to_motion = (logits.log_softmax(1) * match).sum(1) / match.sum(1)
+    to_text = (logits.log_softmax(0) * match).sum(0) / match.sum(0)
     return -0.5 * (to_motion + to_text).mean()
 
 
@@ -183,8 +180,8 @@ for step in tqdm(range(ev_steps), desc='2 matching', mininterval=1):
 
 
 def warp(x, strength, phase):
-    """x (T, D) played unevenly: speed 1 + strength * cos(one turn over the clip), velocities scaled
-    by it. The duration stays; strength < 1, so time never runs backwards."""
+    """x (T, D) played at a speed of 1 + strength * cos(one turn over the clip), which scales the
+    velocities too. The duration stays."""
     T, D = x.shape
     u = np.linspace(0, 2 * np.pi, T)
     played = u + strength * (np.sin(u + phase) - np.sin(phase))
@@ -193,9 +190,8 @@ def warp(x, strength, phase):
     share = np.float32(t - low)[:, None]
     y = x[low] * (1 - share) + x[low + 1] * share
     speed = np.float32(1 + strength * np.cos(u + phase))[:, None]
-    J = (D + 1) // 12              # D = 4 + 3(J-1) + 6(J-1) + 3J + 4
-    y[:, :3] *= speed              # root yaw and ground velocity
-    y[:, -4 - 3 * J:-4] *= speed   # joint velocities
+    y[:, :3] *= speed                      # root yaw and ground velocity
+    y[:, -4 - (D + 1) // 4:-4] *= speed    # joint velocities, 3 J of them
     return y
 
 
@@ -204,7 +200,7 @@ model = Evaluator.load(path, glove_dir).to(run.device)   # the best on val
 motions, texts, tokens = all_pairs(test)
 text = model.embed_text(tokens).numpy()
 real = embed(motions)
-N = len(test)
+N, batch = len(test), min(32, len(test))
 rng = np.random.default_rng(0)
 wrong = (np.arange(N) + rng.integers(1, N, size=N)) % N
 noise = [rng.standard_normal(motion.shape).astype(np.float32) * std for motion in motions]
@@ -212,30 +208,34 @@ phases = rng.uniform(0, 2 * np.pi, N)
 order = rng.permutation(N)
 favourites = rng.choice(N, min(8, N), replace=False)
 
-curves = {'noise': {}, 'time_warp': {}, 'wrong_motions': {}}
-for level in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):   # in std of the features
-    damaged = embed([motion + level * n for motion, n in zip(motions, noise)])
-    curves['noise'][level] = fid(real, damaged)
-for strength in (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9):
-    damaged = embed([warp(motion, strength, phase) for motion, phase in zip(motions, phases)])
-    curves['time_warp'][strength] = fid(real, damaged)
-for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):   # of prompts answered with one of 8 other motions
-    damaged = real.copy()
-    chosen = order[:int(share * N)]
-    damaged[chosen] = real[np.resize(favourites, len(chosen))]
-    curves['wrong_motions'][share] = fid(real, damaged)
 
-r_real = r_precision(text, real, min(32, N), texts)
-r_wrong = r_precision(text[wrong], real, min(32, N))
-print(f'\n{N} test clips, {len(set(texts))} different captions, batches of {min(32, N)}')
+def damaged(kind, level):
+    """Embeddings (N, d) of the test clips, damaged."""
+    if kind == 'noise':   # level: in std of the features
+        return embed([motion + level * n for motion, n in zip(motions, noise)])
+    if kind == 'time_warp':
+        return embed([warp(motion, level, phase) for motion, phase in zip(motions, phases)])
+    some = order[:int(level * N)]   # a share of prompts is answered with one of 8 other motions
+    out = real.copy()
+    out[some] = real[np.resize(favourites, len(some))]
+    return out
+
+
+r_real = r_precision(text, real, batch, texts)
+r_wrong = r_precision(text[wrong], real, batch)
+print(f'\n{N} test clips, {len(set(texts))} different captions, batches of {batch}')
 print('R-precision top-1/2/3: real pairs', r_real.round(3), 'wrong captions', r_wrong.round(3))
-rises = {}
-for name, fids in curves.items():
-    rises[name] = bool((np.diff(list(fids.values())) > 0).all())
-    row = '  '.join(f'{level:g}: {value:.4f}' for level, value in fids.items())
-    print(f'FID, {name:15s} {row}  {"rises" if rises[name] else "DOES NOT RISE"}')
+curves, rises = {}, {}
+for kind, levels in (('noise', (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)),
+                     ('time_warp', (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)),
+                     ('wrong_motions', (0.0, 0.1, 0.25, 0.5, 0.75, 1.0))):
+    fids = [fid(real, damaged(kind, level)) for level in levels]
+    curves[kind] = dict(zip(levels, fids))
+    rises[kind] = bool((np.diff(fids) > 0).all())
+    row = '  '.join(f'{level:g}: {value:.4f}' for level, value in zip(levels, fids))
+    print(f'FID, {kind:15s} {row}  {"rises" if rises[kind] else "DOES NOT RISE"}')
 seconds = round(time.time() - clock, 1)
-result = {'data': data, 'clips': N, 'texts': len(set(texts)), 'batch': min(32, N),
+result = {'data': data, 'clips': N, 'texts': len(set(texts)), 'batch': batch,
           'r_precision': r_real.tolist(), 'r_precision_shuffled': r_wrong.tolist(),
           **curves, 'fid_monotonic': rises, 'seconds': seconds}
 with atomic_write(os.path.join(out_dir, 'evaluator.json'), 'w') as f:

@@ -381,7 +381,7 @@ for it in bar:
     if saves:
         val_losses = evaluate()
         mean = sum(val_losses.values()) / len(val_losses)
-        losses.validated([mean])
+        losses.refuse('validation error', mean, it + 1, captions)
         if mean < best:
             best = mean
             checkpoint(f'{stage}.pt', it=it + 1, val=val_losses)

@@ -253,7 +253,7 @@ for it in bar:
 
     if saves:
         val_loss, mm, foot = evaluate()
-        losses.validated([val_loss, mm, foot])
+        losses.refuse('validation error', val_loss + mm + foot, it + 1, first)
         if val_loss < best:
             best = val_loss
             checkpoint('vq.pt', it=it + 1, mpjpe=mm, foot=foot)

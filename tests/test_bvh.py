@@ -1,9 +1,19 @@
-"""bvh.py: a tiny file whose poses can be worked out by hand, and the sentences for broken ones."""
+"""bvh.py: a tiny file whose poses can be worked out by hand, and the sentences for broken ones. What
+is written reads back as the joints it was made of."""
+import itertools
+import os
+
 import numpy as np
 import pytest
 
-from bvh import bvh_to_joints, read_bvh
-from configurator import UserError
+import prepare_data
+import toy
+from bvh import bvh_to_joints, fit_rotations, read_bvh, write_bvh
+from configurator import HERE, UserError
+from motion import features_to_joints, joints_to_features
+from test_motion import KIT, SMPL, body
+
+BANDAI = os.path.join(HERE, '..', 'shared', 'data', 'bandai-namco.tar.xz')
 
 HEAD = '''HIERARCHY
 ROOT Hips
@@ -97,3 +107,70 @@ def test_a_broken_file_gets_one_sentence(text, words):
         read_bvh(tiny(text))
     assert words in str(error.value)
     assert '\n' not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def written(path, joints, skeleton):
+    """The joints (T, J, 3) of a file that was written from some, its T-pose (J, 3), centimetres."""
+    write_bvh(path, joints, skeleton)
+    names, parents, offsets, channels, frames, fps = read_bvh(str(path))
+    assert np.isclose(fps, skeleton.fps)
+    order = [names.index(name) for name in skeleton.names]
+    back = bvh_to_joints(parents, offsets, channels, frames)[:, order]
+    pose = bvh_to_joints(parents, offsets, channels, np.zeros_like(frames[:1]))[0, order]
+    return back, pose, frames
+
+
+def test_what_is_written_reads_back(tmp_path):
+    for seed in range(3):
+        joints = toy.make_clip(seed)['joints']
+        back, _, frames = written(tmp_path / 'a.bvh', joints, SMPL)
+        assert np.abs(back / 100 - joints).max() < 0.002
+        assert np.abs(np.diff(frames, axis=0)).max() < 180   # no angle jumps by a full turn
+
+
+@pytest.mark.parametrize('skeleton, mirrored', [(SMPL, 1), (KIT, -1)])
+def test_zero_is_a_t_pose_in_centimetres(tmp_path, skeleton, mirrored):
+    joints = body(50, skeleton) * [mirrored, 1, 1]   # KIT's rest directions have left at X-
+    back, pose, _ = written(tmp_path / 'a.bvh', joints * skeleton.units_per_metre, skeleton)
+    wanted = fit_rotations(joints, skeleton)[2]
+    assert np.abs(back / 100 - wanted).max() < 1e-4
+    lengths = [np.linalg.norm(x - x[:, skeleton.parents], axis=-1) for x in (joints, back / 100)]
+    assert np.allclose(lengths[1], np.median(lengths[0], axis=0), atol=1e-4)   # and stay that
+    at = dict(zip(skeleton.names, pose))
+    for side, x in (('left', 1), ('right', -1)):
+        across = at[f'{side}_wrist'] - at[f'{side}_shoulder']
+        assert across[0] * x > 25
+        assert np.abs(across[1:]).max() < 1
+        assert at[f'{side}_ankle'][1] < at[f'{side}_hip'][1] - 25
+        assert at[f'{side}_foot'][2] > at[f'{side}_ankle'][2] + 3
+    assert at['head'][1] > 25
+
+
+def test_elbows_and_knees_bend_like_hinges():
+    """The turn of a bent elbow is about the axis that an elbow has in a T-pose, a knee's too."""
+    joints = toy.make_clip(5)['joints'].astype(float)
+    _, world, _ = fit_rotations(joints, SMPL)
+    seen = 0
+    for name, axis in (('left_elbow', [0, -1, 0]), ('right_elbow', [0, 1, 0]),
+                       ('left_knee', [1, 0, 0]), ('right_knee', [1, 0, 0])):
+        j = SMPL.names.index(name)
+        local = world[:, SMPL.parents[j]].swapaxes(-1, -2) @ world[:, j]
+        turns = toy.Rotation.from_matrix(local).as_rotvec()
+        bent = np.linalg.norm(turns, axis=-1) > 0.7
+        seen += bent.sum()
+        assert (turns[bent] @ axis > 0.98 * np.linalg.norm(turns[bent], axis=-1)).all()
+    assert seen > 50
+
+
+@pytest.mark.skipif(not os.path.exists(BANDAI), reason='../shared is not here: no real BVH clips')
+def test_real_clips_keep_their_joints_within_a_centimetre(tmp_path):
+    for file in itertools.islice(prepare_data.bandai_files(BANDAI), 6):
+        joints = prepare_data.bandai_joints(file)
+        joints = features_to_joints(joints_to_features(joints, SMPL, steady=True), 22)
+        back, _, _ = written(tmp_path / 'a.bvh', joints, SMPL)
+        error = np.linalg.norm(back / 100 - joints, axis=-1)
+        assert error.max() < 0.01
+        assert error.mean() < 0.001

@@ -28,7 +28,8 @@ from bvh import read_bvh
 from configurator import RANGES, UserError, configure
 from vq import RVQVAE, VQConfig, load_tokenizer
 
-SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'study', 'bench')
+SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'study',
+           'bench')
 
 
 def sentence(work, *words):
@@ -48,8 +49,11 @@ def sentence(work, *words):
 def settings_of(script):
     """Its globals down to `configure`, with nothing imported."""
     with open(os.path.join(PROJECT, f'{script}.py'), encoding='utf-8') as f:
-        block = f.read().split('\n# ---')[1].split('configure(')[0]
-    lines = [line for line in block.splitlines() if re.match(r'(?!config)\w+ = ', line)]
+        block = f.read().split('\n# ---')[1]
+    if 'config/decoding.py' in block:
+        with open(os.path.join(PROJECT, 'config', 'decoding.py'), encoding='utf-8') as f:
+            block = f.read() + block
+    lines = [line for line in block.splitlines() if re.match(r'(?!config = )\w+ = ', line)]
     found = {}
     exec('\n'.join(lines), found)
     del found['__builtins__']
@@ -465,7 +469,8 @@ def test_cached_text(tmp_path, damage):
              'text_clip.npz', 'delete it')
 
 
-@pytest.mark.parametrize('prompt', ['человек идёт', '人が歩く', 'the a of', '!?', '\N{WAVING HAND SIGN}'])
+@pytest.mark.parametrize('prompt', [
+    'человек идёт', '人が歩く', 'the a of', '!?', '\N{WAVING HAND SIGN}'])
 def test_a_prompt_of_no_words(prompt):
     """Its vector was zeros: no condition at all, and no word of it."""
     sentence(lambda: text.condition(['a person walks', prompt], 'hash', 'clauses'), prompt,
@@ -569,7 +574,7 @@ def test_no_checkpoint_of_nan_is_written(tmp_path):
     before = path.read_bytes()
     for bad in (np.nan, np.inf):
         wrong = {'model': {'a': torch.ones(2), 'b': torch.tensor([1, bad])}}
-        sentence(lambda: runtime.save(wrong, path), str(path), 'model b holds NaN')
+        sentence(lambda: runtime.save(wrong, path), str(path), 'b holds NaN')
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['x.pt']
 
@@ -626,7 +631,9 @@ def test_options_of_official_checkpoints(tmp_path, opt):
         weights = {'input_process.poseEmbedding.weight': torch.ones(12, 3),
                    'seqTransEncoder.layers.0.linear1.weight': torch.ones(4, 12),
                    'cond_emb.weight': torch.ones(12, 5)}
-        momask.transformer_config(weights, 'x.tar', options)
+        os.makedirs(tmp_path / 't2m' / 'x' / 'model', exist_ok=True)
+        torch.save({'trans': weights}, tmp_path / 't2m' / 'x' / 'model' / 'x.tar')
+        momask.transformer_config(momask.Checkpoint(tmp_path, 't2m', 'x', 'x.tar', 'trans'), options)
 
     sentence(heads, 'opt.txt')
 

@@ -15,9 +15,11 @@ import torch
 
 import data
 import prepare_data
+import toy
+from bvh import write_bvh
 from configurator import HERE, UserError
 from data import Clips, Tokens, Windows, load_meta, load_split
-from motion import SKELETONS, features_to_joints
+from motion import SKELETONS, features_to_joints, joints_to_features
 
 SAMPLES = os.path.join(HERE, '..', 'shared', 'data', 'hml3d_samples', 'HumanML3D')
 SMPL = SKELETONS['smpl22']
@@ -357,6 +359,121 @@ def test_simple_tags():
             == 'turn/VERB left/ADV with/ADP the/DET left/ADJ arm/NOUN')
     assert (prepare_data.simple_tags('walk backwards slowly then sit')
             == 'walk/VERB backwards/ADV slowly/ADV then/CCONJ sit/VERB')
+
+
+# ---------------------------------------------------------------------------------------- folder
+
+TAKES = [toy.make_clip(seed)['joints'] for seed in range(6)]
+MIXAMO = prepare_data.JOINT_NAMES['Mixamo']
+
+
+def write_take(path, joints):
+    """As BVH with Mixamo's names, but for spine2, which is Bone."""
+    write_bvh(path, joints, SMPL)
+    text = path.read_text()
+    for ours, theirs in MIXAMO.items():
+        name = 'Bone' if ours == 'spine2' else f'mixamorig:{theirs}'
+        text = text.replace(f' {ours}\n', f' {name}\n')
+    path.write_text(text)
+
+
+def own_folder(src, write, suffix):
+    (src / 'more').mkdir(parents=True)
+    for i, joints in enumerate(TAKES):
+        write(src / ('more' if i % 2 else '') / f'take{i}{suffix}', joints)
+    rows = ['file,caption', '', ',a caption of nothing', 'take0,', 'take9.bvh,nobody']
+    rows += [f'take{i},A person waves with the left hand, then bows' for i in range(4)]
+    rows += [f'more/take{i}{suffix},"somebody, waving"' for i in (1, 3, 5)]
+    (src / 'captions.csv').write_text('\n'.join(rows), encoding='utf-8-sig')
+
+
+def prepare_own(src, out, *settings):
+    prepare_data.main(['folder', f'--src={src}', f'--out={out}', *settings])
+    splits = {name: load_split(out, name) for name in ('train', 'val', 'test')}
+    return {name: (split, i) for split in splits.values() for i, name in enumerate(split.names)}
+
+
+def test_bvh_files_of_ones_own(tmp_path, capsys):
+    src = tmp_path / 'src'
+    own_folder(src, write_take, '.bvh')
+    write_take(src / 'short.bvh', TAKES[0][:30])
+    write_take(src / 'toeless.bvh', TAKES[0])
+    toeless = (src / 'toeless.bvh').read_text()
+    (src / 'toeless.bvh').write_text(toeless.replace('mixamorig:LeftToeBase', 'Bone2'))
+    (src / 'broken.BVH').write_text(toeless[:3000])
+    clips = prepare_own(src, tmp_path / 'data' / 'mine')
+    printed = capsys.readouterr().out
+    for words in ('0.8', 'y points up', 'by the names of Mixamo; put between their neighbours: spi',
+                  'skipped 1: shorter than 40', 'skipped 1: no place for left_foot',
+                  'broken.BVH is not a BVH file', 'skipped 2: line of the captions',
+                  'skipped 1: caption of a file that is not there', '1 files have no caption'):
+        assert words in printed
+    meta = load_meta(tmp_path / 'data' / 'mine')[0]
+    assert meta['name'] == 'mine'
+    assert [count['clips'] for count in meta['counts'].values()] == [8, 1, 1]
+
+    for i, joints in enumerate(TAKES):
+        split, k = clips[f'more-take{i}' if i % 2 else f'take{i}']
+        known = np.delete(np.arange(22), 6)
+        wanted = joints_to_features(joints, SMPL, steady=True)
+        same = np.abs(features_to_joints(split.clip(k), 22) - features_to_joints(wanted, 22))
+        assert same[:, known].max() < 0.01
+        texts = [c['text'] for c in split.captions if c['clip'] == k]
+        assert len(texts) == split.n_captions[k] == [1, 2, 1, 2, 0, 1][i]
+        if i == 0:
+            assert texts == ['a person waves with the left hand, then bows']
+    mirrored = {name[1:]: clips[name] for name in clips if name[0] == 'M'}
+    assert len(mirrored) == 4
+    for name, (split, k) in mirrored.items():
+        assert clips[name][0] is split   # in training, both
+    swapped = [c['tokens'] for split, k in mirrored.values() for c in split.captions
+               if c['clip'] == k and 'hand' in c['text']]
+    assert set(swapped) == {'a/DET person/NOUN waves/VERB with/ADP the/DET right/ADJ hand/NOUN '
+                            'then/CCONJ bows/VERB'}
+
+
+def test_npy_files_of_ones_own(tmp_path):
+    """In SMPL's order, metres and Y up; and in another order, millimetres and Z up."""
+    def shuffled(path, joints):
+        joints = 1000 * joints[:, ::-1, [0, 2, 1]] * [1, -1, 1]
+        np.save(path, joints.astype(np.float32))
+
+    own_folder(tmp_path / 'plain', np.save, '.npy')
+    own_folder(tmp_path / 'foreign', shuffled, '.npy')
+    numbers = {name: 21 - j for j, name in enumerate(SMPL.names)}
+    (tmp_path / 'map.json').write_text(json.dumps(numbers))
+    one = prepare_own(tmp_path / 'plain', tmp_path / 'one', '--fps=20')
+    two = prepare_own(tmp_path / 'foreign', tmp_path / 'two', '--fps=20',
+                      f'--joints={tmp_path}/map.json')
+    assert list(one) == list(two)
+    for name, (split, k) in one.items():
+        other, l = two[name]
+        assert k == l
+        assert np.allclose(split.clip(k)[:, :-4], other.clip(l)[:, :-4], atol=1e-4)
+        assert split.captions == other.captions
+
+
+def test_mistakes_with_ones_own_files(tmp_path):
+    src = tmp_path / 'src'
+    (tmp_path / 'empty').mkdir()
+    own_folder(src, np.save, '.npy')
+    own_folder(tmp_path / 'stones', lambda path, joints: np.save(path, 20 * joints), '.npy')
+    (tmp_path / 'map.json').write_text('{"tail": "Tail"}')
+    (tmp_path / 'none.csv').write_text('file,caption\n')
+    for settings, words in {
+            f'--src={tmp_path}/empty': 'holds no .bvh or .npy file',
+            f'--src={src}': 'give --fps',
+            f'--src={tmp_path}/stones --fps=20': 'give --unit and --up',
+            f'--src={src} --fps=20 --joints={tmp_path}/map.json': "map.json has 'tail'",
+            f'--src={src} --fps=20 --joints={src}/captions.csv': 'joint_names.json shows what',
+            f'--src={src} --fps=20 --captions={src}/no.csv': 'expected lines file,caption',
+            f'--src={src} --fps=20 --captions={tmp_path}/none.csv': '6 of them without a caption',
+            f'--src={src} --fps=999': '0 usable files'}.items():
+        with pytest.raises(UserError) as error:
+            prepare_data.main(['folder', *settings.split(), f'--out={tmp_path}/out'])
+        assert words in str(error.value)
+        assert '\n' not in str(error.value)
+    assert not (tmp_path / 'out').exists()
 
 
 # ---------------------------------------------------------------------------------- packed format

@@ -47,8 +47,7 @@ def test_near_limbs_hide_far_ones():
 
 def test_grid(tmp_path):
     motions = [('walks', body(40)), ('runs', body(30, seed=1)), ('waves', body(20, seed=2))]
-    for suffix in ('png', 'gif'):
-        draw.draw_grid(motions, str(tmp_path / f'grid.{suffix}'), columns=2, size=(100, 120))
+    draw.draw_grid(motions, str(tmp_path / 'grid.gif'), columns=2, size=(100, 120))
     with Image.open(tmp_path / 'grid.gif') as gif:
         assert gif.width == 200
         assert gif.n_frames == 20  # 2 s at 10 fps
@@ -75,3 +74,17 @@ def test_msd_figure(tmp_path):
     draw.draw_msd(str(path), 'clip: "walks"', body(40), rng.random((10, 8)), rng.random(10), 20)
     with Image.open(path) as figure:
         assert figure.size == (1210, 572)
+
+
+def test_mp4_where_there_is_ffmpeg(tmp_path, monkeypatch):
+    path = str(tmp_path / 'a.gif')
+    draw.draw_gif(body(3), path, 'stands')
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert not draw.gif_to_mp4(path)
+    stand_in = tmp_path / 'ffmpeg'
+    stand_in.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
+    stand_in.chmod(0o755)
+    assert draw.gif_to_mp4(path)
+    assert path in (tmp_path / 'a.mp4').read_text()
+    stand_in.write_text('#!/bin/sh\nexit 1\n')   # one without the codec
+    assert not draw.gif_to_mp4(path)

@@ -371,7 +371,8 @@ def write_data(folder):
             captions.append(dict(clip=i, text=f'someone {act}s',
                                  tokens=f'someone/PRON {act}/VERB'))
         data.save_split(folder, split, clips, captions)
-    meta = dict(name='fake', dim=263, fps=20, counts=counts)
+    meta = dict(name='fake', dim=263, fps=20, counts=counts, skeleton='smpl22', n_joints=22,
+                max_frames=196, units_per_metre=1)
     data.save_meta(folder, meta, np.zeros(263), np.ones(263))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import motion
+import toy
 from motion import SKELETONS, features_to_joints, joints_to_features
 
 SHARED = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'shared')
@@ -207,3 +208,45 @@ def test_resampling_keeps_straight_lines():
     out = motion.resample(line, 30, 20)
     assert len(out) == 21
     assert np.allclose(out[:, 0, 0], np.arange(21) / 20)
+
+
+# ------------------------------------------------------------------------------- feet that stand
+
+
+def slide(joints, skeleton):
+    """Mean step, metres a frame, of feet that are low and slow."""
+    feet = joints[:, list(skeleton.feet)] / skeleton.units_per_metre
+    step = np.linalg.norm(np.diff(feet, axis=0)[..., [0, 2]], axis=-1)
+    low = feet[:-1, :, 1] < np.percentile(feet[..., 1], 5, axis=0) + 0.02
+    return step[low & (step < 0.04)].mean()
+
+
+def test_locked_feet_slide_less_than_half_as_far():
+    r = np.random.default_rng(0)
+    for seed in range(4):
+        joints = toy.make_clip(seed)['joints'].astype(float)
+        drift = motion.smooth(r.normal(0, 0.03, (len(joints), 1, 3)), 3) * [1, 0, 1]
+        skates = joints + drift
+        before = skates.copy()
+        locked = motion.lock_feet(skates, SMPL)
+        assert np.array_equal(skates, before)
+        assert slide(locked, SMPL) < slide(skates, SMPL) / 2
+        moved = np.linalg.norm(locked - skates, axis=-1)
+        assert 0.001 < moved.mean(0).max() < 0.03
+        legs = [j for j, name in enumerate(SMPL.names) if name.endswith(('knee', 'ankle', 'foot'))]
+        others = np.setdiff1d(np.arange(22), legs)
+        assert moved[:, others].max() == 0
+        for j in legs:
+            bones = [np.linalg.norm(x[:, j] - x[:, SMPL.parents[j]], axis=-1)
+                     for x in (skates, locked)]
+            assert np.allclose(*bones, atol=1e-3)
+
+
+def test_feet_of_kit_and_feet_in_the_air():
+    joints = body(60, KIT) * KIT.units_per_metre
+    locked = motion.lock_feet(joints, KIT)
+    assert np.isfinite(locked).all()
+    assert np.linalg.norm(locked - joints, axis=-1).mean(0).max() < 30
+    runs = np.repeat(body(1), 40, 0)
+    runs[:, :, 2] += np.linspace(0, 8, 40)[:, None]   # 4 m/s: nothing stands
+    assert np.allclose(motion.lock_feet(runs, SMPL), runs, atol=1e-9)

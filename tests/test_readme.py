@@ -31,7 +31,10 @@ def text_of(path):
 def settings_of(script):
     """The lines between a script's two rules, as a program; '' where it has none."""
     parts = text_of(script).split('\n# ---', 2)
-    return parts[1].partition('\n')[2] if len(parts) == 3 and 'configure(' in parts[1] else ''
+    if len(parts) < 3 or 'configure(' not in parts[1]:
+        return ''
+    shared = text_of('config/decoding.py') if 'config/decoding.py' in parts[1] else ''
+    return shared + parts[1].partition('\n')[2]
 
 
 SCRIPTS = [name for name in sorted(os.listdir(PROJECT)) if name.endswith('.py') and settings_of(name)]
@@ -126,8 +129,8 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
             once = ['--repeats=1'] if script == 'eval_t2m.py' else []
             code, out, err = run_script(tmp_path, script, *arguments, *once)
             assert code == 0, f'{" ".join(words)}\n{out}{err}'
+            assert all(os.path.exists(path) for path in made), words
         done.append(words[1:])
-        assert all(os.path.exists(path) for path in made), words
         if script == 'sample.py':            # three motions that a user has by now
             motion = sorted(glob.glob('out/toy/samples/*.npy'))[0]
             for name in ('walk.npy', 'a.npy', 'b.npy'):

@@ -156,12 +156,12 @@ def test_each_action_is_detected_with_its_side_only(action):
     for seed in range(6):
         side, other = ('left', 'right') if seed % 2 == 0 else ('right', 'left')
         joints = perform(action, side=side, seed=seed)
-        assert detect.detect(joints, item(action))
+        assert detect.passes(joints, [item(action)])
         if action in toy.SIDED:
-            assert detect.detect(joints, item(action, side))
-            assert not detect.detect(joints, item(action, other))
+            assert detect.passes(joints, [item(action, side)])
+            assert not detect.passes(joints, [item(action, other)])
         others = [a for a in toy.ACTIONS if a != action]
-        assert sum(detect.detect(joints, item(a)) for a in others) <= 1
+        assert sum(detect.passes(joints, [item(a)]) for a in others) <= 1
 
 
 def test_order_counts():

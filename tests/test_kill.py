@@ -1,0 +1,10 @@
+"""Five SIGKILLs, and the run ends as if nothing had happened. tests/kill_all.py does 20 of each
+stage."""
+from kill_all import kill_and_resume
+from test_train import folder   # noqa: F401
+
+
+def test_five_kills_of_the_masked_stage(folder):   # noqa: F811
+    done = kill_and_resume(folder, 'mask', kills=5, steps=80)
+    assert len(done) == 5
+    assert done == sorted(done)
