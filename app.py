@@ -22,6 +22,7 @@ import torch
 
 import momask
 import msd
+from bvh import write_bvh
 from configurator import RANGES, UserError, configure
 from data import FRAMES_PER_TOKEN
 from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
@@ -139,11 +140,13 @@ def span():
 
 
 def file_of(motion, kind):
-    """The bytes of a motion as 'GIF' or 'npy'."""
+    """The bytes of a motion as 'GIF', 'BVH' or 'npy'."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f'motion.{kind.lower()}')
         if kind == 'GIF':
             draw_gif(motion.joints, path, motion.caption, fps)
+        elif kind == 'BVH':
+            write_bvh(path, motion.joints, skeleton, fps)
         else:
             np.save(path, motion.joints)
         with open(path, 'rb') as f:
@@ -202,10 +205,11 @@ def strip(number, motion):
             f'background: linear-gradient(90deg, {", ".join(stops)})"></div></div>')
 
 
-def stage():
-    """The shown motions side by side, from their first frame on. Returns the ways of their roots
-    (n, 3), in metres."""
+def stage(motions):
+    """Show these side by side, from their first frame on. Returns the ways of their roots (n, 3),
+    in metres."""
     with drawing, server.atomic():
+        shown[:] = motions
         server.scene.remove_by_name('/motions')
         server.scene.add_frame('/motions', show_axes=False)
         poses.clear()
@@ -253,7 +257,8 @@ example_menu = server.gui.add_dropdown('Examples', example_prompts)
 length_slider = server.gui.add_slider(
     'Seconds', 0.0, pipe.n_max * FRAMES_PER_TOKEN / fps, FRAMES_PER_TOKEN / fps, 0.0,
     hint='0: as long as the length estimator thinks that it takes')
-seed_box = server.gui.add_number('Seed', seed, *RANGES['seed'], step=1)
+lowest, highest = RANGES['seed']
+seed_box = server.gui.add_number('Seed', seed, min=lowest, max=highest, step=1)
 guidance_slider = server.gui.add_slider(
     'Guidance', min(0.0, cond_scale), max(10.0, cond_scale), 0.5, cond_scale)
 steps_slider = server.gui.add_slider('Steps', 1, max(30, steps), 1, steps)
@@ -271,7 +276,7 @@ with server.gui.add_folder('Change and save'):
     change_box = server.gui.add_text('New prompt', '')
     edit_button = server.gui.add_button('Regenerate the span')
     append_button = server.gui.add_button('Append')
-    save_buttons = server.gui.add_button_group('Save', ['GIF', 'npy'])
+    save_buttons = server.gui.add_button_group('Save', ['GIF', 'BVH', 'npy'])
 
 
 def action(act):
@@ -293,8 +298,7 @@ def generate(_):
     start = time.perf_counter()
     text = text_in(prompt_box)
     tokens = drawn(text, variants_slider.value)
-    shown[:] = [motion_of(ids, text, text) for ids in tokens]
-    aim(stage())
+    aim(stage([motion_of(ids, text, text) for ids in tokens]))
     span_slider.value = (0, span_slider.max)
     return f'First frame after {time.perf_counter() - start:.2f} s.'
 
@@ -312,8 +316,8 @@ def regenerate(_):
         raise UserError(f'The span is {frames} of {len(motion.joints)}: drag the ends of its '
                         'slider around what shall change.')
     ids = pipe.edit(motion.ids, [(first, end)], text, seed_box.value, **decoding())
-    shown[i] = motion_of(ids, motion.text, f'{motion.caption}, {frames}: {text}')
-    stage()
+    changed = motion_of(ids, motion.text, f'{motion.caption}, {frames}: {text}')
+    stage([*shown[:i], changed, *shown[i + 1:]])
     return f'Only {frames} are new.'
 
 
@@ -325,8 +329,8 @@ def append(_):
     text = text_in(change_box)
     new, = drawn(text, 1)
     ids = pipe.join([motion.ids, new], [motion.text, text], seed_box.value, **decoding())
-    shown[i] = motion_of(ids, text, f'{motion.caption} | {text}')
-    aim(stage())
+    longer = motion_of(ids, text, f'{motion.caption} | {text}')
+    aim(stage([*shown[:i], longer, *shown[i + 1:]]))
     return f'{len(new) * FRAMES_PER_TOKEN} frames more.'
 
 

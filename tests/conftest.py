@@ -17,7 +17,7 @@ sys.path.insert(0, PROJECT)
 # computed nothing: no threads, no CUDA. Each script runs in a process forked from it.
 os.environ['OMP_NUM_THREADS'] = '1'
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['torch._dynamo', 'matplotlib.figure', 'tqdm'])
+server.set_forkserver_preload(['torch._dynamo', 'matplotlib.figure', 'scipy.signal', 'tqdm'])
 
 
 def run_script(folder, *command, launcher=None, **env):

@@ -108,7 +108,8 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     """From make demo to the last one on toy, in their order: a few clips, a few steps. What they
     say they make is there."""
     shutil.copytree(os.path.join(PROJECT, 'config'), tmp_path / 'config')
-    few = 'length = 16\nmax_clips = 32\nclips = 2\nsteps = 2\nmm_batches = 0\n'
+    few = ('length = 16\nmax_clips = 32\nclips = 2\nsteps = 2\nmm_batches = 0\n'
+           'vq_iters = 2\nmask_iters = 2\nres_iters = 2\nlen_iters = 2\nev_steps = 2\n')
     with open(tmp_path / 'config' / 'toy.py', 'a') as f:
         f.write(TINY.replace("'tiny'", "'toy'") + few)
     monkeypatch.chdir(tmp_path)
@@ -138,20 +139,25 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_help_shows_every_setting(script, monkeypatch):
+def test_help_shows_every_setting(script, monkeypatch, capsys):
     """With its default and its comment, from the one place where they are written."""
     monkeypatch.setattr(sys, 'argv', [script])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    defaults = dict(configure=configure)
-    exec(settings_of(script), defaults)
-    keys = [key for key, value in defaults.items() if isinstance(value, (int, float, str))]
-    code, out, _ = run_script(PROJECT, script, '--help')
-    assert code == 0 and text_of(script).split('"""')[1] in out
-    shown = out.split('Settings, to be given as --key=value:')[1].strip().splitlines()
-    source = settings_of(script).splitlines()
+    doc = text_of(script).split('"""')[1]
+    settings = settings_of(script)
+    defaults = dict(__file__=os.path.join(PROJECT, script), __doc__=doc, configure=configure)
+    exec(settings, defaults)
+    keys = [key for key, value in defaults.items()
+            if not key.startswith('_') and isinstance(value, (int, float, str))]
+
+    monkeypatch.setattr(sys, 'argv', [script, '--help'])
+    with pytest.raises(SystemExit, match='0'):
+        exec(settings, defaults)
+    beginning, shown = capsys.readouterr().out.split('Settings, to be given as --key=value:')
+    assert doc in beginning
     for key in keys:
-        line, = [line for line in shown if line.startswith(f'{key} = ')]
-        assert line in source
+        line, = [line for line in shown.splitlines() if line.startswith(f'{key} = ')]
+        assert line in settings.splitlines()
         assert eval(line.partition('=')[2]) == defaults[key]
 
 
