@@ -1,6 +1,7 @@
 # make demo: environment, toy data, tokenizer, transformers, a few GIFs. A stage that is finished is not done again,
 # one that was cut off goes on.
 # make test: the tests.
+# make app: what the page in the browser needs, and the page.
 PY = .venv/bin/python
 DONE = out/toy/.done
 go_on = $(if $(wildcard out/toy/$(1)_last.pt),--init_from=resume)
@@ -34,7 +35,14 @@ $(DONE)-len: $(DONE)-res
 	$(PY) train_mask.py config/toy.py --stage=len $(call go_on,len)
 	touch $@
 
+.venv/app: requirements-app.txt .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-app.txt
+	touch $@
+
+app: .venv/app
+	$(PY) app.py config/toy.py
+
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2   # two workers of one thread, not two of two
 
-.PHONY: demo test
+.PHONY: demo app test

@@ -25,6 +25,7 @@ given = set()   # keys that a config file or the command line has set
 # need only be finite. A slip of the finger shall not take all memory: --window=1000 did.
 RANGES = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),   # numpy's
+    (0, 2**16 - 1, 'port'),
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
                'ev_eval_every repeats seeds rounds clips overlap'),
     (0, 10**9, 'ev_ae_steps warmup vq_warmup motion_steps action_steps max_clips mm_batches warm'),
@@ -76,7 +77,7 @@ def install_error_hook():
 def keys_of_all_scripts():
     """Names assigned at the top level of any file here."""
     names = set()
-    for path in glob.glob(os.path.join(HERE, '*.py')):
+    for path in [*glob.glob(os.path.join(HERE, '*.py')), os.path.join(HERE, 'config/decoding.py')]:
         with open(path, encoding='utf-8') as f:
             names.update(re.findall(r'^(\w+) = ', f.read(), re.MULTILINE))
     return names
@@ -150,21 +151,28 @@ def read_config_file(path, defaults):
     return settings
 
 
-def print_help(g):
+def print_help(g, shared):
     """The script's docstring, and its settings with their comments as they stand in the source."""
     with open(g['__file__'], encoding='utf-8') as f:
         _, settings, _ = f.read().split('\n# ---', 2)
     lines = settings.splitlines()[1:]
+    if shared:
+        with open(os.path.join(HERE, shared), encoding='utf-8') as f:
+            lines += f.read().splitlines()
     print(g['__doc__'])
     print('Settings, to be given as --key=value:\n')
     print('\n'.join(line for line in lines if not line.startswith(('config', '    '))))
 
 
-def configure(g, argv=None, **options):
+def configure(g, argv=None, shared='', **options):
     """Apply config files and --key=value overrides (argv, default the command line) to the globals
-    g, and return the final settings as a dict, which checkpoints keep. options: for keys that name
-    a choice, the tuple of allowed values. UserError for anything that is not understood."""
+    g, and return the final settings as a dict, which checkpoints keep. shared: a file of settings
+    that several scripts have. options: for keys that name a choice, the tuple of allowed values.
+    UserError for anything that is not understood."""
     install_error_hook()
+    if shared:
+        with open(os.path.join(HERE, shared), encoding='utf-8') as f:
+            exec(f.read(), g)
     defaults = {}
     for key, value in g.items():
         is_setting = not key.startswith('_') and not key.isupper()   # FRAMES_PER_TOKEN is none
@@ -173,7 +181,7 @@ def configure(g, argv=None, **options):
 
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('-h', '--help'):
-            print_help(g)
+            print_help(g, shared)
             sys.exit(0)
         read = read_argument if arg.startswith('--') else read_config_file
         changes = read(arg, defaults)

@@ -29,27 +29,12 @@ clips = 100
 edit = '0.4:0.7'             # what is drawn anew, by shares of a clip
 overlap = 2                  # tokens on either side of a seam that joining draws anew
 seed = 0
-# decoding, as in sample.py
-steps = 10
-cond_scale = 4.0
-res_scale = 5.0
-top_share = 0.1
-temperature = 1.0
-anneal = 0.0
-res_temperature = 1.0
-res_layers = -1
-das_sampling = False
-lambda_D = 0.5
-beta = 0.5
-sigma_max = 0.5
-msd_decode = 'kept'
-motion_steps = 2
-action_steps = 5
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # 'auto' | 'bfloat16' | 'float32'
-config = configure(globals(), msd_decode=('kept', 'guess'), device=('auto', 'cpu', 'cuda'),
-                   dtype=('auto', 'bfloat16', 'float32'))
+config = configure(
+    globals(), shared='config/decoding.py', msd_decode=('kept', 'guess'),
+    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)

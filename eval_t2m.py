@@ -52,30 +52,14 @@ sweep = ''                   # try decoding settings: cond_scale:1,2,3 (pick on 
 strata = False               # also Tables 5 and 6 of DynMask, and length strata
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
-# decoding, as in sample.py
-steps = 10
-cond_scale = 4.0
-res_scale = 5.0
-top_share = 0.1
-temperature = 1.0
-anneal = 0.0
-res_temperature = 1.0
-res_layers = -1
-das_sampling = False
-lambda_D = 0.5
-beta = 0.5
-sigma_max = 0.5
-msd_decode = 'kept'
-motion_steps = 2
-action_steps = 5
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 gen_batch = 0                # motions generated at a time; 0 is 64 on a CPU, 256 on a GPU
 config = configure(
-    globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
-    momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'), device=('auto', 'cpu', 'cuda'),
-    dtype=('auto', 'bfloat16', 'float32'))
+    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
+    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
+    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)

@@ -59,29 +59,13 @@ repeats = 1                  # motions per prompt
 seed = 0
 samples_dir = ''             # '' is <out_dir>/samples
 footlock = False             # hold standing feet still: post-processing, *_footlock.* says so
-# decoding
-steps = 10
-cond_scale = 4.0             # guidance of the base tokens (KIT 2)
-res_scale = 5.0              # guidance of the residual tokens
-top_share = 0.1              # base tokens are drawn from this share of the codes
-temperature = 1.0            # T_global of Eq 18
-anneal = 0.0                 # T_global falls by this share over the steps
-res_temperature = 1.0
-res_layers = -1              # residual layers to add; -1 is all
-das_sampling = False         # (III) of Table 4, 3.6: complexity-aware decoding
-lambda_D = 0.5               # Eq 15
-beta = 0.5                   # Eq 18
-sigma_max = 0.5              # Eq 19
-msd_decode = 'kept'          # MSD of the 'kept' tokens | of the full 'guess'
-motion_steps = 2             # HGM3 (--text=graph): steps that hear of the motion node alone
-action_steps = 5             # and up to this one of actions too
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
 config = configure(
-    globals(), init_from=('checkpoint', 'momask'), momask_data=('t2m', 'kit'),
-    momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'), device=('auto', 'cpu', 'cuda'),
-    dtype=('auto', 'bfloat16', 'float32'))
+    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
+    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
+    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)

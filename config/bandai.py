@@ -28,5 +28,6 @@ mask_iters = 3500
 res_iters = 2000
 eval_every = 500
 # decoding
+examples = 'config/bandai_prompts.txt'   # of the page
 cond_scale = 2.0
 res_scale = 1.0              # 5 makes FID worse than without residual layers: RESULTS.md

@@ -49,8 +49,11 @@ def sentence(work, *words):
 def settings_of(script):
     """Its globals down to `configure`, with nothing imported."""
     with open(os.path.join(PROJECT, f'{script}.py'), encoding='utf-8') as f:
-        block = f.read().split('\n# ---')[1].split('configure(')[0]
-    lines = [line for line in block.splitlines() if re.match(r'(?!config)\w+ = ', line)]
+        block = f.read().split('\n# ---')[1]
+    if 'config/decoding.py' in block:
+        with open(os.path.join(PROJECT, 'config', 'decoding.py'), encoding='utf-8') as f:
+            block = f.read() + block
+    lines = [line for line in block.splitlines() if re.match(r'(?!config = )\w+ = ', line)]
     found = {}
     exec('\n'.join(lines), found)
     del found['__builtins__']
@@ -622,7 +625,6 @@ def test_options_of_official_checkpoints(tmp_path, opt):
     os.makedirs(tmp_path / 't2m' / 'x')
     path = tmp_path / 't2m' / 'x' / 'opt.txt'
     path.write_bytes(opt)
-
     sentence(lambda: momask.read_opt(tmp_path, 't2m', 'x'), 'opt.txt')
 
 

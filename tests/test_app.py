@@ -1,0 +1,203 @@
+"""The page without a browser: its fields are filled in and its buttons pressed from here."""
+import io
+import os
+import re
+import runpy
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT
+from PIL import Image
+from test_train import CONFIG, GOLDEN, folder  # noqa: F401 (a fixture)
+
+from configurator import UserError
+
+
+def run_app(folder, *arguments):
+    """app.py in this process, without its endless loop -> its globals."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', ['app.py', *arguments])
+        patch.setattr(sys, 'excepthook', sys.excepthook)
+        return SimpleNamespace(**runpy.run_path(os.path.join(PROJECT, 'app.py')))
+
+
+def open_page(folder, *arguments):
+    pytest.importorskip('viser', reason='the page needs viser: pip install -r requirements-app.txt')
+    (folder / 'prompts.txt').write_text('a person walks 3 steps#40\n')
+    page = run_app(folder, '--port=0', f'--examples={folder}/prompts.txt', *arguments)
+    os.makedirs(folder / page.out_dir, exist_ok=True)
+    return page
+
+
+def press(page, button):
+    """-> the sentence on the page, and whether it is an error's."""
+    button(SimpleNamespace(client=None))
+    sentence = re.fullmatch('<p style=".*; color: (#...)">(.*)</p>', page.message.content)
+    return sentence[2], sentence[1] == '#c22'
+
+
+@pytest.fixture(scope='module')
+def page(folder):  # noqa: F811
+    page = open_page(folder, CONFIG)
+    yield page
+    page.server.stop()
+
+
+@pytest.fixture(autouse=True)
+def two_motions(request):
+    """Every test of the page begins with two variants of 40 frames."""
+    if 'page' not in request.fixturenames:
+        return
+    page = request.getfixturevalue('page')
+    page.prompt_box.value = 'a person walks 3 steps'
+    page.change_box.value = 'a person walks 1 steps'
+    page.length_slider.value = 2.0
+    page.seed_box.value = 1
+    page.steps_slider.value = 4
+    page.guidance_slider.value = 2.0
+    page.variants_slider.value = 2
+    sentence, is_error = press(page, page.generate)
+    assert re.fullmatch(r'First frame after \d+\.\d\d s\.', sentence) and not is_error
+
+
+def test_generate(page):
+    first, second = page.shown
+    assert first.joints.shape == second.joints.shape == (40, 22, 3)
+    assert not np.array_equal(first.joints, second.joints)
+    assert first.omega.shape == (10,) and page.span() == (0, 10)
+
+    press(page, page.generate)
+    assert np.array_equal(page.shown[0].joints, first.joints)     # same seed, same motion
+    page.seed_box.value = 2
+    press(page, page.generate)
+    assert not np.array_equal(page.shown[0].joints, first.joints)
+    page.length_slider.value = 0.0                                # the length estimator is asked
+    press(page, page.generate)
+    assert all(len(motion.joints) % 4 == 0 for motion in page.shown)
+    assert page.server.get_host() == '127.0.0.1'
+
+
+def test_bodies_move_and_stand_side_by_side(page):
+    page.frame_slider.value = 17
+    left, right = [motion.joints.copy() for motion in page.shown]
+    left[..., 0] -= left[..., 0].min()
+    right[..., 0] += left[..., 0].max() + page.GAP - right[..., 0].min()
+    parents = page.skeleton.parents
+    for name, joints in (('1', left), ('2', right)):
+        lines = [page.server.scene.get_handle_by_name(f'/motions/{name}/{part}')
+                 for part in range(5)]
+        colours = [tuple(np.unique(line.colors.reshape(-1, 3), axis=0)[0]) for line in lines]
+        for side in ('left', 'right'):
+            line = lines[colours.index(page.SIDE_COLOURS[side])]
+            bones = [j for j, joint in enumerate(page.skeleton.names) if joint.startswith(side)]
+            expected = np.stack([joints[17, parents[bones]], joints[17, bones]], 1)
+            assert np.allclose(line.points, expected, atol=1e-5)
+
+
+def test_timeline(page):
+    """A cell for each token; the shown one is black; what a span leaves out is pale."""
+    page.frame_slider.value = 13
+    page.span_slider.value = (8, 20)
+    page.motion_menu.value = '2'
+    rows = page.timeline.content.split('linear-gradient')[1:]
+    cells = [re.findall(r'(#\w+|black) [\d.]+% [\d.]+%', row) for row in rows]
+    assert [len(row) for row in cells] == [10, 10]
+    assert all(row[3] == 'black' for row in cells)
+    assert [len(cell) for cell in cells[1]] == [9, 9, 7, 5, 7, 9, 9, 9, 9, 9]
+    assert {len(cell) for cell in cells[0]} == {5, 7}
+    page.motion_menu.value = '1'
+
+
+def test_edit_changes_the_span_alone(page):
+    before = page.shown[1]
+    page.motion_menu.value = '2'
+    page.span_slider.value = (12, 24)
+    assert press(page, page.regenerate) == ('Only frames 12 to 24 are new.', False)
+    ids = page.shown[1].ids
+    assert torch.equal(ids[:3], before.ids[:3]) and torch.equal(ids[6:], before.ids[6:])
+    assert not torch.equal(ids, before.ids)
+    assert page.shown[1].caption == f'{before.caption}, frames 12 to 24: a person walks 1 steps'
+    page.span_slider.value = (12, 12)
+    sentence, is_error = press(page, page.regenerate)
+    assert is_error and sentence.startswith('The span is frames 12 to 12 of 40')
+
+
+def test_append(page):
+    before = page.shown[0]
+    page.motion_menu.value = '1'
+    for n in (80, 120):                                           # 120 is more than the model knows
+        assert press(page, page.append) == ('40 frames more.', False)
+        assert len(page.shown[0].joints) == n == page.frame_slider.max
+    assert torch.equal(page.shown[0].ids[:8], before.ids[:8])     # the seam takes two tokens
+    assert len(page.shown[1].joints) == 40
+
+
+@pytest.mark.parametrize('field, value', [
+    ('prompt_box', ''), ('prompt_box', ' \n '), ('prompt_box', '?!'), ('seed_box', -1),
+    ('length_slider', -2.0), ('length_slider', 1e9), ('length_slider', float('nan')),
+    ('guidance_slider', -1.0), ('steps_slider', 0), ('steps_slider', 10**9),
+    ('variants_slider', 0), ('variants_slider', 99)])
+def test_nonsense_is_a_sentence(page, field, value):
+    before = list(page.shown)
+    getattr(page, field).value = value
+    sentence, is_error = press(page, page.generate)
+    assert is_error and sentence.endswith('.') and page.shown == before
+
+
+@pytest.mark.parametrize('text', ['<script>alert(1)</script>', '人走路', 'x' * 9000, '\0 a', '{{a}}'])
+def test_any_text_is_a_prompt(page, text):
+    page.prompt_box.value = page.change_box.value = text
+    for button in (page.generate, page.append):
+        sentence, is_error = press(page, button)
+        assert not is_error, sentence
+    assert '<script>' not in page.timeline.content
+    assert page.file_of(page.shown[1], 'GIF')[:4] == b'GIF8'
+
+
+def test_nothing_to_change_or_save(page):
+    page.shown.clear()
+    for button in (page.regenerate, page.append, page.save):
+        assert press(page, button) == ('There is no motion yet: press Generate first.', True)
+
+
+def test_files(page):
+    sent = {}
+    client = SimpleNamespace(send_file_download=lambda name, content, save_immediately:
+                             sent.update({name: content}))
+    for kind in ('GIF', 'npy'):
+        page.save_buttons._impl.value = kind
+        page.save(SimpleNamespace(client=client))
+    motion = page.shown[int(page.motion_menu.value) - 1]
+    joints = np.load(io.BytesIO(sent['a-person-walks-3-steps.npy']))
+    assert np.array_equal(joints, motion.joints)
+    assert Image.open(io.BytesIO(sent['a-person-walks-3-steps.gif'])).n_frames > 10
+
+
+@pytest.mark.parametrize('data', ['t2m', 'kit'])
+def test_official_weights(tmp_path, data):
+    root = os.path.join(GOLDEN, '..', '..', data, 'momask_checkpoints')
+    if not os.path.isdir(root):
+        pytest.skip('the reference outputs are not here')
+    page = open_page(tmp_path, '--init_from=momask', f'--momask_root={root}',
+                     f'--momask_data={data}', '--momask_text=hash', '--steps=2')
+    for button in (page.generate, page.append):
+        page.change_box.value = 'a man kicks'
+        assert not press(page, button)[1]
+    assert page.shown[0].joints.shape[1:] == (page.skeleton.n_joints, 3)
+    page.server.stop()
+
+
+def test_where_it_cannot_be(folder):  # noqa: F811
+    for arguments in (['--host=8.8.8.8'], ['--port=99999'], ['--port=-1']):
+        with pytest.raises(UserError, match='The page cannot be at'):
+            open_page(folder, CONFIG, *arguments)
+
+
+def test_without_viser(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, 'viser', None)
+    with pytest.raises(UserError, match='run `make app`'):
+        run_app(folder, CONFIG)
