@@ -625,7 +625,6 @@ def test_options_of_official_checkpoints(tmp_path, opt):
     os.makedirs(tmp_path / 't2m' / 'x')
     path = tmp_path / 't2m' / 'x' / 'opt.txt'
     path.write_bytes(opt)
-
     sentence(lambda: momask.read_opt(tmp_path, 't2m', 'x'), 'opt.txt')
 
 
