@@ -28,7 +28,7 @@ from bvh import read_bvh
 from configurator import RANGES, UserError, configure
 from vq import RVQVAE, VQConfig, load_tokenizer
 
-SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'study',
+SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'app', 'study',
            'bench')
 
 
