@@ -19,13 +19,13 @@ latent = 256
 n_layers = 4
 n_heads = 4
 ff = 768
-lr = 8e-4
+lr = 2e-3
 warmup = 200
 batch_size = 64
 len_iters = 1000
 dropout = 0.05               # 0.2 read the same in the first 1,000 steps
-mask_iters = 3500
-res_iters = 2000
+mask_iters = 2000
+res_iters = 1200
 eval_every = 500
 # decoding
 examples = 'config/bandai_prompts.txt'   # of the page
