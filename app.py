@@ -109,7 +109,7 @@ def text_in(box):
 def drawn(text, variants):
     """Tokens [(n_i, Q)] of so many motions for a text, of the length that the page asks for."""
     settings = decoding()
-    c, c_valid = pipe.condition([text] * variants, os.path.join(out_dir, 'text'))
+    c, c_valid = pipe.condition([text] * variants)
     n = torch.full((variants,), round(length_slider.value * fps / FRAMES_PER_TOKEN))
     if not n.all():
         n = pipe.lengths(c, c_valid, seed_box.value).cpu()

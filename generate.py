@@ -181,6 +181,7 @@ class Pipeline:
         self.meta = meta
         self.val = None        # the masked transformer's validation cross-entropy
         self.teacher = None    # HGM3's, which says what is hard
+        self.cache = None      # a folder that keeps the vectors of prompts
         self.device = device
         self.n_max = meta['max_frames'] // FRAMES_PER_TOKEN
 
@@ -189,7 +190,8 @@ class Pipeline:
         nodes = None
         if self.text == 'graph':
             nodes = [hgm3.graph(hgm3.tagged(prompt, self.tags)) for prompt in prompts]
-        return condition(prompts, self.text_encoder, self.text, nodes, cache, self.device)
+        return condition(prompts, self.text_encoder, self.text, nodes, cache or self.cache,
+                         self.device)
 
     @torch.no_grad()
     def lengths(self, c, c_valid, seed=0):
@@ -321,6 +323,7 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
                     settings['text_encoder'], checkpoint['meta'], device, settings['text'],
                     checkpoint.get('tags'))
     pipe.val = checkpoint['val']
+    pipe.cache = os.path.join(out_dir, 'text')
     if checkpoint.get('teacher'):
         pipe.teacher = LossPredictor(ModelConfig(**checkpoint['config'])).to(device).eval()
         pipe.teacher.load_state_dict(checkpoint['teacher'])

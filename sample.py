@@ -230,7 +230,7 @@ def generated(jobs):
     """Motions in parts -> their tokens, a list of (n, Q): all parts at once, then joined."""
     parts = [part for job in jobs for part in job]
     texts = [words for words, _ in parts]
-    c, c_valid = pipe.condition(texts, os.path.join(out_dir, 'text'))
+    c, c_valid = pipe.condition(texts)
     n = torch.tensor([frames // FRAMES_PER_TOKEN for _, frames in parts])
     if not n.all():
         n = torch.where(n > 0, n, pipe.lengths(c, c_valid, seed).cpu())
