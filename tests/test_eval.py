@@ -389,7 +389,7 @@ def test_train_eval_smoke(tmp_path):
         '--ev_movement=32', '--ev_code=32', '--ev_motion_hidden=32', '--ev_text_hidden=32',
         '--ev_out=32', '--ev_lr=5e-3')
     assert code == 0, err
-    assert sorted(os.listdir(out)) == ['evaluator.json', 'evaluator.pt']
+    assert sorted(os.listdir(out)) == ['.evaluator.lock', 'evaluator.json', 'evaluator.pt']
     with open(out / 'evaluator.json') as f:
         figures = json.load(f)
     assert figures['r_precision'][2] > 0.7

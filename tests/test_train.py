@@ -195,7 +195,7 @@ def test_editing_and_long_motion(folder):
             '--edit=0.7:0.4': 'which is no part of 64 frames',
             '--edit=some': 'expected shares or frames',
             '--edit=0:100': 'which is no part of 64 frames',
-            '--then=none.npy': 'none.npy does not exist',
+            '--then=none.npy': 'none.npy cannot be read',
             '--then=flat.npy': 'flat.npy has shape (180, 3), expected (T, 22, 3)'}.items():
         assert words in run(folder, *edit, wrong, ok=False)
     assert 'Editing needs --source' in run(folder, *edit, ok=False)
@@ -566,7 +566,7 @@ MISTAKES = {
     'out/empty/vq.pt is missing': [*TRAIN, '--out_dir=out/empty'],
     'run `python train_mask.py config/none.py` first': [
         *SAMPLE, '--out_dir=out/none', '--prompt=x'],
-    'The prompt is empty': [*SAMPLE, '--prompt=  '],
+    'the prompt is empty': [*SAMPLE, '--prompt=  '],
     'is 3 frames, expected 4 to 80': [*SAMPLE, '--prompt=a person', '--length=3'],
     'is 84 frames, expected 4 to 80': [*SAMPLE, '--prompt=a person', '--length=84'],
     'none.txt cannot be read (there is no such file)': [*SAMPLE, '--prompts=none.txt'],
