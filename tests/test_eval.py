@@ -402,6 +402,6 @@ def test_train_eval_smoke(tmp_path):
     with open(out / 'evaluator.json') as f:
         repeated = json.load(f)
     assert repeated['noise'] == figures['noise']
-    code, _, err = run(name='nothing', launcher=PYTHON)
+    code, _, err = run('--overwrite=True', name='nothing', launcher=PYTHON)
     assert code == 2
     assert 'prepare_data.py' in err and 'Traceback' not in err

@@ -196,7 +196,7 @@ def test_editing_and_long_motion(folder):
             '--edit=some': 'expected shares or frames',
             '--edit=0:100': 'which is no part of 64 frames',
             '--then=none.npy': 'none.npy cannot be read',
-            '--then=flat.npy': 'flat.npy has shape (180, 3), expected (T, 22, 3)'}.items():
+            '--then=flat.npy': 'flat.npy has shape (180, 3), expected finite (T, 22, 3)'}.items():
         assert words in run(folder, *edit, wrong, ok=False)
     assert 'Editing needs --source' in run(folder, *edit, ok=False)
 
