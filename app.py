@@ -119,11 +119,10 @@ def drawn(text, variants):
 
 def motion_of(ids, text, caption):
     """Tokens (n, Q), the text of their end and the whole story -> what the page keeps."""
-    features, = pipe.features(ids[None], torch.tensor([len(ids)]))
     f, _ = pipe.mask.spectrum(ids[None, :, 0])
     return SimpleNamespace(
         ids=ids, text=text, caption=caption, omega=msd.complexity(f)[0].cpu().numpy(),
-        joints=features_to_joints(features, pipe.meta['n_joints']))   # in the data set's unit
+        joints=features_to_joints(pipe.decode(ids), pipe.meta['n_joints']))   # in its set's unit
 
 
 def chosen():

@@ -181,7 +181,9 @@ def _rest_shape(bones, skeleton, fans):
             rest[j, 1] = np.median(bones[:, j, 1])
             rest[j, 2] = np.sqrt(max(0.0, 1 - rest[j, 1] ** 2))
     for fan in fans:
-        for _ in range(5 * (len(fan) > 1)):   # its mean shape, turned like its mean shape so far
+        if len(fan) < 2:
+            continue
+        for _ in range(5):   # its mean shape, turned like its mean shape so far
             rotation = _nearest_rotation(_products(bones[:, fan], rest[fan]))
             rest[fan] = unit((bones[:, fan] @ rotation).mean(0))
     return rest

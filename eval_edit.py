@@ -50,11 +50,6 @@ if not 0 < begin < end < 1:
     raise UserError(f"edit is '{edit}', expected two shares of a clip between 0 and 1, as 0.4:0.7.")
 
 
-def decode(ids):
-    """Tokens (n, Q) -> features (4 n, D)."""
-    return pipe.features(ids[None], torch.tensor([len(ids)]))[0]
-
-
 def to_joints(features):
     """Features (T, D) -> joints (T, J, 3) in metres."""
     return features_to_joints(features, meta['n_joints']) / meta['units_per_metre']
@@ -70,7 +65,7 @@ def seam_figures(joints, seams, inside):
         'speed at seam': np.mean([speed[s - 1] for s in seams]),
         'speed inside': speed[inside].mean(),
         'accel at seam': np.mean([accel[s - 2:s].max() for s in seams]),
-        'accel inside': np.mean([np.maximum(accel[inside][1:], accel[inside][:-1]).mean()]),
+        'accel inside': np.maximum(accel[inside][1:], accel[inside][:-1]).mean(),
     }
 
 
@@ -85,10 +80,10 @@ def edited(features, text, seed):
     n = len(ids)
     first, last = round(begin * n), max(round(begin * n) + 1, round(end * n))
     a, b = FRAMES_PER_TOKEN * first, FRAMES_PER_TOKEN * last
-    reconstruction = decode(ids)
+    reconstruction = pipe.decode(ids)
     pasted = reconstruction.copy()
-    pasted[a:b] = decode(generated(text, last - first, seed))
-    ours = decode(pipe.edit(ids, [(first, last)], text, seed, **decoding))
+    pasted[a:b] = pipe.decode(generated(text, last - first, seed))
+    ours = pipe.decode(pipe.edit(ids, [(first, last)], text, seed, **decoding))
     motions = {'real clip': features, 'tokenizer': reconstruction, 'edited': ours, 'pasted': pasted}
 
     figures = {}
@@ -105,9 +100,9 @@ def joined(texts, lengths, seed):
     """Two texts, numbers of tokens -> {row: figures} of the two motions in a row."""
     parts = [generated(text, n, seed) for text, n in zip(texts, lengths)]
     motions = {
-        'joined': decode(pipe.join(parts, texts, seed, overlap, **decoding)),
-        'tokens in a row': decode(torch.cat(parts)),
-        'features in a row': np.concatenate([decode(part) for part in parts]),
+        'joined': pipe.decode(pipe.join(parts, texts, seed, overlap, **decoding)),
+        'tokens in a row': pipe.decode(torch.cat(parts)),
+        'features in a row': np.concatenate([pipe.decode(part) for part in parts]),
     }
     # the seam, and where drawn tokens meet kept ones
     middle = FRAMES_PER_TOKEN * lengths[0]

@@ -232,6 +232,10 @@ class Pipeline:
         features = torch.as_tensor(features[:frames], device=self.device)
         return self.vq.encode(self.vq.normalize(features)[None])[0]
 
+    def decode(self, ids):
+        """The un-normalized features (4 n, D) of one motion's tokens (n, q)."""
+        return self.features(ids[None], torch.tensor([len(ids)]))[0]
+
     def edit(self, ids, spans, text, seed=0, **decoding):
         """MoMask 4.3: tokens (n, Q) of a motion, of which those in `spans`, pairs (first, end), are
         drawn anew to fit the text and what stands around them -> (n, Q). All others stay.
@@ -272,11 +276,8 @@ class Pipeline:
         for i in range(len(parts) - 1):
             seam += len(parts[i])
             before, after = min(overlap, len(parts[i]) - 1), min(overlap, len(parts[i + 1]) - 1)
-            near = ids[max(0, seam - self.n_max):seam + self.n_max]
-            start = max(0, seam - self.n_max)
-            span = (seam - start - before, seam - start + after)
             text = f'{texts[i]}, then {texts[i + 1]}'
-            ids[start:start + len(near)] = self.edit(near, [span], text, seed + i, **decoding)
+            ids = self.edit(ids, [(seam - before, seam + after)], text, seed + i, **decoding)
         return ids
 
     def features(self, ids, n):
@@ -325,6 +326,6 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
     pipe.val = checkpoint['val']
     pipe.cache = os.path.join(out_dir, 'text')
     if checkpoint.get('teacher'):
-        pipe.teacher = LossPredictor(ModelConfig(**checkpoint['config'])).to(device).eval()
-        pipe.teacher.load_state_dict(checkpoint['teacher'])
+        pipe.teacher = LossPredictor(pipe.mask.config).to(device).eval()
+        load_named(pipe.teacher, checkpoint['teacher'], checkpoint['path'])
     return pipe

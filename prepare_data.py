@@ -491,6 +491,7 @@ def prepare_babel(folder, src):
 
 # --------------------------------------------- folder: BVH files or .npy joints that are one's own
 
+
 def own_clips(job, maps, fps, metres, up):
     """(path, name, captions) -> clips, those of the mirror image, how the joints were found, and a
     Counter of reasons why there are none."""

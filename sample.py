@@ -108,12 +108,11 @@ def draw_msd_of(name):
 def draw_explanation(path, caption, ids, joints):
     """The prompt's graph, and over time what MSD calls complex in its motion's tokens (n, Q) and
     the teacher of hard token mining calls hard (HGM3 Figs 4, 5; DynMask Fig 3)."""
-    tags = pipe.tags
-    if tags is None:   # not trained on graphs: the tags of the training captions, if they are here
+    if pipe.tags is None:   # not trained on graphs: tags of the training captions, once
         written = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
-        tags = hgm3.tag_table(one['tokens'] for one in written)
+        pipe.tags = hgm3.tag_table(one['tokens'] for one in written)
     nodes = [('the sentence', hgm3.MOTION, 'motion')]
-    for text, role in hgm3.graph(hgm3.tagged(caption, tags)):
+    for text, role in hgm3.graph(hgm3.tagged(caption, pipe.tags)):
         edge = 'action' if role == hgm3.ACTION else hgm3.EDGES[role - hgm3.FIRST_EDGE]
         nodes.append((text, min(role, 3), edge))
 
@@ -255,7 +254,7 @@ with run.autocast():
         tokens = [edited(*job[0], seed + i) for i, job in enumerate(jobs)]
     else:
         tokens = generated(jobs)
-motions = [pipe.features(ids[None], torch.tensor([len(ids)]))[0] for ids in tokens]
+motions = [pipe.decode(ids) for ids in tokens]
 print(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')
 
