@@ -20,14 +20,14 @@ import matplotlib
 import numpy as np
 import torch
 
-import momask
 import msd
 from bvh import write_bvh
 from configurator import RANGES, UserError, configure
 from data import FRAMES_PER_TOKEN
 from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
 from fast import keep_memory
-from generate import decoding_of, load_pipeline
+from generate import decoding_of
+from momask import open_pipeline
 from motion import SKELETONS, features_to_joints
 from runtime import read_text, setup
 
@@ -37,21 +37,11 @@ port = 8080                  # 0 takes one that is free
 examples = 'config/demo_prompts.txt'     # a file, one prompt a line
 data = 'toy'
 out_dir = ''                 # where the checkpoints are, '' is out/<data>
-mask_file = 'mask.pt'        # which masked transformer there
-init_from = 'checkpoint'     # 'checkpoint' | 'momask': the official release under momask_root
-momask_root = ''
-momask_data = 't2m'          # 't2m' | 'kit'
-momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
-momask_res = ''
-momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
 seed = 0                     # where the page begins; so do steps and cond_scale
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-config = configure(
-    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
-    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
-    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
+config = configure(globals(), shared='config/decoding.py')
 # -----------------------------------------------------------------------------
 try:
     import viser
@@ -72,11 +62,7 @@ TEXT_STYLE = 'margin: 0.3em 0.8em; font-size: 0.85em'
 out_dir = out_dir or os.path.join('out', data)
 run = setup(device, dtype, seed)
 keep_memory()
-if init_from == 'momask':
-    pipe = momask.pipeline(momask_root, momask_data, momask_text, momask_mask, momask_res,
-                           run.device)
-else:
-    pipe = load_pipeline(out_dir, run.device, mask_file)
+pipe = open_pipeline(config, out_dir, run.device)
 fps = pipe.meta['fps']
 skeleton = SKELETONS[pipe.meta['skeleton']]
 lines = read_text(examples, 'expected one prompt a line').splitlines()

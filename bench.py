@@ -46,7 +46,7 @@ device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 compile = False              # also time the compiled form
 bench_json = ''              # '' is bench_<device>.json
-configure(globals(), device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
+configure(globals())
 # -----------------------------------------------------------------------------
 run = setup(device, dtype, 0)
 fast.keep_memory()

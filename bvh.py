@@ -100,19 +100,6 @@ def _read_hierarchy(file, text):
     return names, np.array(parents), np.array(offsets), channels
 
 
-def _elementary(axis, degrees):
-    """Matrices (T, 3, 3) of the turns about one axis by angles (T,)."""
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    second, third = (axis + 1) % 3, (axis + 2) % 3
-    matrices = np.zeros((len(degrees), 3, 3))
-    matrices[:, axis, axis] = 1
-    matrices[:, second, second] = cos
-    matrices[:, third, third] = cos
-    matrices[:, third, second] = sin
-    matrices[:, second, third] = -sin
-    return matrices
-
-
 def bvh_to_joints(parents, offsets, channels, frames):
     """Forward kinematics of what `read_bvh` returns: world positions (T, J, 3), in its units.
 
@@ -129,7 +116,8 @@ def bvh_to_joints(parents, offsets, channels, frames):
             if channel.endswith('position'):
                 local[:, axis] = next(columns)
             else:
-                rotation = rotation @ _elementary(axis, next(columns))
+                turn = Rotation.from_euler('xyz'[axis], next(columns)[:, None], degrees=True)
+                rotation = rotation @ turn.as_matrix()
         rotations.append(rotation)
         joints[:, j] = local
         if parent >= 0:
@@ -174,7 +162,8 @@ def _nearest_rotation(matrices):
 
 def _rest_shape(bones, skeleton, fans):
     """Bones (T, J, 3) -> their directions (J, 3) in a T-pose with this body's feet, hips and
-    shoulders: what is one piece keeps its shape, and feet slope as they mostly do."""
+    shoulders: what is one piece keeps its shape, and feet slope as they mostly do. fans: for each
+    joint, its children's numbers."""
     rest = t_pose(skeleton)
     for j, name in enumerate(skeleton.names):
         if name.endswith(('heel', 'foot')):
@@ -183,7 +172,7 @@ def _rest_shape(bones, skeleton, fans):
     for fan in fans:
         if len(fan) < 2:
             continue
-        for _ in range(5):   # its mean shape, turned like its mean shape so far
+        for _ in range(5):   # turn each frame's fan onto the mean shape so far, take the mean
             rotation = _nearest_rotation(_products(bones[:, fan], rest[fan]))
             rest[fan] = unit((bones[:, fan] @ rotation).mean(0))
     return rest
@@ -217,6 +206,7 @@ def fit_rotations(joints, skeleton):
     world = np.tile(np.eye(3), (*joints.shape[:2], 1, 1))
     for j, fan in enumerate(fans):
         aims = unit(goals[:, fan] - fitted[:, j, None])
+        # the aim decides; its parent's turn only where the aim leaves it open
         wanted = 1000 * _products(aims, rest[fan]) + 0.03 * world[:, parents[j]]
         hinge = skeleton.names[fan[0]].split('_')[-1] if len(fan) == 1 else ''
         if hinge in BENDS:
@@ -267,7 +257,7 @@ def write_bvh(path, joints, skeleton, fps=None):
         lines.append(f'{tab}  CHANNELS ' + ('3 ' + turn if j else '6 ' + place + turn))
         columns.append(angles[:, j])
         for child in children:
-            if child:
+            if child:   # the root is its own parent
                 write_joint(child, depth + 1)
         if not len(children):
             lines.append(f'{tab}  End Site\n{tab}  {{\n{tab}    OFFSET {offset}\n{tab}  }}')

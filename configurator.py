@@ -1,7 +1,7 @@
 """nanoGPT's override idea, with words. A script's settings are globals with a comment each, then
 
     from configurator import configure
-    config = configure(globals(), fusion=('rescaled', 'zscore', 'temperature'))
+    config = configure(globals())
 
 so that `python train_mask.py config/toy.py --alpha0=0 --seed=1` runs config/toy.py and then the two
 overrides on top of the defaults. One config file serves all scripts: a key in it that this script
@@ -52,6 +52,30 @@ RANGES = {key: (low, high) for low, high, keys in (
     (0, 1e6, 'w_position w_foot w_heading w_commit vq_reset_below vq_sample '
              'cfs_noise lambda_D beta sigma_max'),
 ) for key in keys.split()}
+
+# What a text may be, where only some are understood.
+CHOICES = dict(
+    device=('auto', 'cpu', 'cuda'),
+    dtype=('auto', 'bfloat16', 'float32'),
+    # training
+    stage=('mask', 'res', 'len'),
+    text_encoder=('clip', 'hash'),
+    text=('sentence', 'clauses', 'words', 'graph'),
+    mask_by=('msd', 'velocity', 'random', 'loss', 'msd+loss'),
+    alpha_schedule=('decay', 'constant', 'reversed'),
+    fusion=('rescaled', 'zscore', 'temperature'),
+    msd_embed=('codebook', 'learned'),
+    msd_gap=('interp', 'zero'),
+    msd_attn=('visible', 'clean', 'guess'),
+    omega=('energy', 'flatness'),
+    token_init=('codebook', 'random'),
+    res_draw=('cycle', 'release'),
+    optimizer=('muon', 'adamw'),
+    # decoding
+    init_from=('checkpoint', 'momask'),   # (training: 'scratch', 'resume')
+    msd_decode=('kept', 'guess'),
+    momask_data=('t2m', 'kit'),
+    momask_text=('clip', 'hash'))
 
 
 class UserError(ValueError):
@@ -164,10 +188,10 @@ def print_help(g, shared):
     print('\n'.join(line for line in lines if not line.startswith(('config', '    '))))
 
 
-def configure(g, argv=None, shared='', **options):
+def configure(g, argv=None, shared='', **choices):
     """Apply config files and --key=value overrides (argv, default the command line) to the globals
     g, and return the final settings as a dict, which checkpoints keep. shared: a file of settings
-    that several scripts have. options: for keys that name a choice, the tuple of allowed values.
+    that several scripts have. choices: as in CHOICES, for a key whose values are this script's own.
     UserError for anything that is not understood."""
     install_error_hook()
     if shared:
@@ -188,7 +212,7 @@ def configure(g, argv=None, shared='', **options):
         g.update(changes)
         given.update(changes)
 
-    for key, allowed in options.items():
-        if g[key] not in allowed:
+    for key, allowed in {**CHOICES, **choices}.items():
+        if key in defaults and g[key] not in allowed:
             raise UserError(f"{key} is '{g[key]}', expected {', '.join(map(str, allowed))}.")
     return {key: g[key] for key in defaults}

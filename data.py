@@ -303,9 +303,9 @@ def equal_lengths(lengths, size=64):
 def tokenize(tokenizer, split, path, device='cpu'):
     """Token ids of a whole split, cached at `path` (.npy): (4, total, Q) int16.
 
-    Row p holds the clips from their frame p on: (length - p) // 4 tokens each, that begin at
-    cumsum(length // 4). Four phases, because the field starts a clip at a random frame and a token
-    begins every fourth.
+    Row p holds the clips from their frame p on: (length - p) // 4 tokens each, clip i's
+    behind the sum of length // 4 of the clips before it. Four phases, because the field starts a
+    clip at a random frame and a token begins every fourth.
     """
     n_tokens = split.length // FRAMES_PER_TOKEN
     start = np.cumsum(n_tokens) - n_tokens
@@ -401,10 +401,10 @@ class Windows:
     def __len__(self):
         return len(self.starts)
 
-    def draw(self, size, generator):
-        """The first frames (size,) of random windows."""
+    def draw(self, count, generator):
+        """The first frames (count,) of random windows."""
         device = self.starts.device
-        pick = torch.randint(len(self.starts), (size,), device=device, generator=generator)
+        pick = torch.randint(len(self.starts), (count,), device=device, generator=generator)
         return self.starts[pick]
 
     def batch(self, first):

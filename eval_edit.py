@@ -17,7 +17,8 @@ from tqdm import tqdm
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, Clips, load_meta
 from evaluator import mpjpe
-from generate import decoding_of, load_pipeline
+from generate import decoding_of
+from momask import open_pipeline
 from motion import features_to_joints
 from runtime import setup
 
@@ -32,16 +33,14 @@ seed = 0
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # 'auto' | 'bfloat16' | 'float32'
-config = configure(
-    globals(), shared='config/decoding.py', msd_decode=('kept', 'guess'),
-    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
+config = configure(globals(), shared='config/decoding.py')
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)
 run = setup(device, dtype, seed)
 meta, _, _ = load_meta(os.path.join('data', data))
 test = Clips(os.path.join('data', data), split)
-pipe = load_pipeline(out_dir, run.device)
+pipe = open_pipeline(config, out_dir, run.device)
 try:
     begin, end = (float(share) for share in edit.split(':'))
 except ValueError:

@@ -27,7 +27,7 @@ from detect import passes
 from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
                        r_precision)
 from fast import keep_memory
-from generate import Pipeline, decoding_of, load_pipeline
+from generate import Pipeline, decoding_of
 from motion import SKELETONS, features_to_joints
 from runtime import atomic_write, must_be_writable, setup
 from vq import load_tokenizer
@@ -35,13 +35,6 @@ from vq import load_tokenizer
 # -----------------------------------------------------------------------------
 data = 'toy'                 # whose test clips
 out_dir = ''                 # the model's checkpoints, '' is out/<data>
-mask_file = 'mask.pt'        # which masked transformer there; without it the tokenizer is judged
-init_from = 'checkpoint'     # 'checkpoint' | 'momask'
-momask_root = ''
-momask_data = 't2m'          # 't2m' | 'kit'
-momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
-momask_res = ''
-momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
 evaluator = ''               # '' is <out_dir>/evaluator.pt, for momask the official one
 glove_dir = ''               # the field's our_vab_* files, '' is <momask_root>/glove
 split = 'test'
@@ -56,10 +49,7 @@ eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 gen_batch = 0                # motions generated at a time; 0 is 64 on a CPU, 256 on a GPU
-config = configure(
-    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
-    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
-    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
+config = configure(globals(), shared='config/decoding.py')
 # -----------------------------------------------------------------------------
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)
@@ -78,15 +68,12 @@ if len(test) < 32:
     raise UserError(f'data/{data} has {len(test)} {split} clips with captions: the protocol needs '
                     'at least 32.')
 vq_path = os.path.join(out_dir, 'vq.pt')
-if init_from == 'momask':
-    pipe = momask.pipeline(momask_root, momask_data, momask_text, momask_mask, momask_res,
-                           run.device)
-elif ('mask_file' not in given and os.path.exists(vq_path)
-        and not os.path.exists(os.path.join(out_dir, mask_file))):
+no_mask = not os.path.exists(os.path.join(out_dir, mask_file)) and 'mask_file' not in given
+if init_from == 'checkpoint' and no_mask and os.path.exists(vq_path):
     print(f'{out_dir} has no {mask_file}: judging its tokenizer alone.')
     pipe = Pipeline(load_tokenizer(vq_path), None, None, None, 'hash', meta, run.device)
 else:
-    pipe = load_pipeline(out_dir, run.device, mask_file)
+    pipe = momask.open_pipeline(config, out_dir, run.device)
 if init_from == 'momask' and not evaluator:
     judge = momask.evaluator(momask_root, momask_data, glove_dir=glove_dir or None)
 else:

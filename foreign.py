@@ -30,7 +30,7 @@ def unit(text):
     return metres
 
 
-def plain(name):
+def bare(name):
     """A name without prefix, case and marks: 'mixamorig:LeftUpLeg' -> 'leftupleg', 'm_avg_L_Hip' ->
     'lhip'."""
     return re.sub(r'^.*:|^mixamorig\d*|^[mf]_avg_|[^a-z0-9]', '', str(name).lower())
@@ -41,10 +41,10 @@ def place_joints(world, names, maps):
 
     maps: {whose: {our joint: their name}}, of which the one that lacks least is taken. A joint that
     is missing between two others of its chain is put between them. UserError for any other."""
-    at = {plain(name): i for i, name in enumerate(names)}
+    at = {bare(name): i for i, name in enumerate(names)}
     found = {}
     for whose, theirs in maps.items():
-        found[whose] = {ours: at[plain(name)] for ours, name in theirs.items() if plain(name) in at}
+        found[whose] = {ours: at[bare(name)] for ours, name in theirs.items() if bare(name) in at}
     whose = min(maps, key=lambda whose: (len(maps[whose]) - len(found[whose]), -len(found[whose])))
 
     joints = np.full((len(world), SMPL.n_joints, 3), np.nan)

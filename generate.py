@@ -18,7 +18,7 @@ from configurator import UserError
 from data import FRAMES_PER_TOKEN
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
-from runtime import load, load_named, sizes
+from runtime import config_from, load, load_named
 from text import condition
 from vq import load_tokenizer
 
@@ -42,8 +42,8 @@ def guided(forward, c, scale):
     return uncond + scale * (cond - uncond)
 
 
-def twice(*tensors):
-    return [torch.cat([x, x]) for x in tensors]
+def twice(x):
+    return torch.cat([x, x])
 
 
 def with_no_text(c_valid):
@@ -76,8 +76,9 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
 
     known (B, N)  tokens that are given and never masked; -1 where one is wanted
     top_share     share of the codes that a token is drawn from
-    temperature   T_global of Eq 18; anneal lowers it over the steps, by that share at the end
-    das_sampling  complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; or MoMask's
+    temperature   T_global of Eq 18; anneal lowers it step by step, nearly by that share
+    das_sampling  complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; False:
+                  one temperature, as in MoMask
     msd_decode    MSD of the 'kept' tokens, or of the current full 'guess' (kept + last predictions)
     motion_steps  HGM3 3.4, where text is a graph: before this step it is conditioned on the motion
     action_steps  node, before this one on actions too, then on everything
@@ -94,7 +95,7 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
     guess = ids
     score = torch.zeros(valid.shape, device=c.device)
     c_valid2 = with_no_text(c_valid)
-    valid2, = twice(valid)
+    valid2 = twice(valid)
     has_graph = model.config.graph
 
     for step in range(steps):
@@ -107,8 +108,8 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
         if das_sampling or model.config.spectral_attn:
             f, seen = model.spectrum(guess if msd_decode == 'guess' else ids)
         if model.config.spectral_attn:
-            described = twice(f, seen)
-        ids2, = twice(ids)
+            described = twice(f), twice(seen)
+        ids2 = twice(ids)
         if has_graph:                                                    # HGM3 Eq 14
             shown = hgm3.show(c_valid, hgm3.level(step, motion_steps, action_steps))
             c_valid2 = with_no_text(shown)
@@ -147,11 +148,11 @@ def generate_residual(model, ids, c, c_valid, n, known=None, n_layers=-1, cond_s
     V, Q = model.config.n_codes, model.config.n_quantizers
     valid = torch.arange(ids.shape[1], device=ids.device) < n[:, None]
     c_valid2 = with_no_text(c_valid)
-    valid2, = twice(valid)
-    layers = ids[..., None].clamp(max=V).repeat(1, 1, Q)
+    valid2 = twice(valid)
+    layers = ids[..., None].clamp(max=V).repeat(1, 1, Q)   # [PAD] is V + 1 there, V here
     n_layers = Q - 1 if n_layers < 0 else n_layers
     for q in range(1, 1 + n_layers):
-        layers2, = twice(layers)
+        layers2 = twice(layers)
 
         def forward(c2):
             return model(layers2, c2, c_valid2, valid2, q)
@@ -312,10 +313,11 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
                 f'{vq_path} is {tokenizer.fingerprint()}: train the transformer again, or put its '
                 'tokenizer back.')
         if kind == 'len':
-            network = LengthEstimator(n_out=checkpoint['meta']['max_frames'] // 4 + 1)
+            longest = checkpoint['meta']['max_frames'] // FRAMES_PER_TOKEN
+            network = LengthEstimator(n_out=longest + 1)
         else:
             make = MaskTransformer if kind == 'mask' else ResTransformer
-            network = make(sizes(ModelConfig, checkpoint['config'], checkpoint['path']))
+            network = make(config_from(ModelConfig, checkpoint['config'], checkpoint['path']))
         load_named(network, checkpoint['model'], checkpoint['path'])
         networks[kind] = network
     checkpoint = found['mask']

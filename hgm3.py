@@ -1,17 +1,18 @@
 """HGM3 (Hierarchical Generative Masked Motion Model): what it adds to MoMask, in three parts.
 
-    3.2 hard token mining   a second network G guesses where the masked transformer F will fail, and
-                            those tokens are masked more often (`--mask_by=loss`)
+    3.2 hard token mining   a second network G guesses where the masked transformer (the paper's F)
+                            will fail, and those tokens are masked more often (`--mask_by=loss`)
     3.3 semantic graph      a caption as motion, action and specific nodes, which a graph attention
                             network lets talk to each other (`--text=graph`)
     3.4 hierarchy           decoding hears of the motion first, then of actions, then of all
 
 B batch, n motion tokens, m nodes of the longest caption.
 
-A caption's graph is a tree: the sentence, under it its verbs, under each what is said of it. So its
-nodes, each verb followed by its specifics, and one integer a node say all of it: `role` 1 is the
-motion, 2 an action, FIRST_EDGE + k a specific that hangs on the action before it by edge k. 0 is no
-node, and a negative role one that the graph holds and the transformer is not shown.
+A caption's graph is a tree: the sentence, under it its verbs, under each what is said of it. The
+nodes in order (the sentence, then each verb followed by its specifics) and one integer a node
+therefore describe it. That `role` is 1 for the motion, 2 for an action, FIRST_EDGE + k for a
+specific that hangs on the action before it by edge k; 0 is no node, and a negative role one that
+the graph holds and the transformer is not shown.
 """
 import copy
 import re
@@ -44,8 +45,9 @@ def hard_share(step, steps, first=0.0, last=0.5):
 
 
 class HardTokenMining(nn.Module):
-    """F with its loss predictor: `student` G learns from F's losses, `teacher`, its moving average,
-    says what to mask. F's gradient knows nothing of either."""
+    """The masked transformer with its loss predictor: `student` G learns from its losses,
+    `teacher`, G's moving average, says what to mask. The transformer's gradient knows of
+    neither."""
 
     def __init__(self, reconstructor, predictor, momentum=0.999):
         super().__init__()
@@ -70,18 +72,18 @@ class HardTokenMining(nn.Module):
         where nothing is asked."""
         logits = self.reconstructor(masked, c, c_valid, valid, described=described)
         flat = logits.flatten(0, 1).float(), targets.flatten()
-        rec = F.cross_entropy(*flat, reduction='sum') / n_targets             # Eq 4
-        with torch.no_grad():
-            loss = F.cross_entropy(*flat, reduction='none').view(targets.shape)   # Eq 3
+        loss = F.cross_entropy(*flat, reduction='none').view(targets.shape)   # Eq 3
+        rec = loss.sum() / n_targets                                          # Eq 4
         predicted = self.student(ids, c, c_valid, valid).float()
         asked = targets >= 0
-        share = asked.sum() / n_targets   # of a batch that several ranks divide
-        return rec + relative_loss(predicted, loss, asked) * share
+        share = asked.sum() / n_targets   # below 1 where several ranks share a batch
+        return rec + relative_loss(predicted, loss.detach(), asked) * share
 
 
 # ----------------------------------------------------------------------------- 3.3 semantic graph
 
-EDGES = ('ARG0', 'ARG1', 'ARG2', 'ARG3', 'ARG4', 'LOC', 'MNR', 'TMP', 'DIR', 'ADV', 'OTHERS', 'MA')
+EDGES = ('ARG0', 'ARG1', 'ARG2', 'ARG3', 'ARG4', 'LOC', 'MNR', 'TMP', 'DIR', 'ADV', 'OTHERS',
+         'MA')   # between the motion and an action
 MOTION, ACTION, FIRST_EDGE = 1, 2, 3
 
 # The paper's parser of semantic roles is dead (AllenNLP). This reads roles off part-of-speech tags,
@@ -100,7 +102,7 @@ for edge, words in {
         }.items():
     EDGE_OF_WORD.update(dict.fromkeys(words.split(), edge))
 SIDES = {'left', 'right', 'side', 'front', 'back'}
-JOINTS = ('CCONJ', 'SCONJ', 'PUNCT')
+CONJUNCTIONS = ('CCONJ', 'SCONJ', 'PUNCT')
 ORDER = {'then', 'next', 'finally', 'lastly', 'after', 'before', 'while'}
 
 
@@ -115,12 +117,13 @@ def graph(tokens):
         if tag == 'VERB':
             nodes.append((word, ACTION))
             nodes += [specific(p, 'ARG0') for p in waiting]
-            nodes += [specific(p, 'ARG1') for p in [phrase[1:]] if p]
+            if phrase[1:]:
+                nodes.append(specific(phrase[1:], 'ARG1'))
             waiting = []
             joined = False
             continue
-        joined = joined or tag in JOINTS or word in ORDER
-        if tag in JOINTS:
+        joined = joined or tag in CONJUNCTIONS or word in ORDER
+        if tag in CONJUNCTIONS:
             phrase = phrase[1:]
         if phrase and joined:
             waiting.append(phrase)
@@ -138,7 +141,7 @@ def phrases(tokens):
     for token in tokens.split():
         word, _, tag = token.rpartition('/')
         after_adverb = found[-1] and found[-1][0][1] == 'ADV'
-        if tag in ('VERB', 'ADP', 'ADV', *JOINTS) or after_adverb:
+        if tag in ('VERB', 'ADP', 'ADV', *CONJUNCTIONS) or after_adverb:
             found.append([])
         if tag != 'AUX':
             found[-1].append((word, tag))
@@ -210,14 +213,14 @@ def edges(role):
     parent = torch.where(role == ACTION, 0, parent)
     edge = torch.where(role == ACTION, EDGES.index('MA'), role.long() - FIRST_EDGE)
     is_child = role >= ACTION
-    here = (parent[..., None] == place[:, None]) & is_child[..., None]    # [child, parent]
-    kind = torch.where(here, edge[..., None], -1)
+    is_parent = (parent[..., None] == place[:, None]) & is_child[..., None]   # [child, parent]
+    kind = torch.where(is_parent, edge[..., None], -1)
     return torch.maximum(kind, kind.mT)
 
 
 def show(role, level):
     """Which nodes the transformer is shown: level 1 C^m, 2 [C^m; C^a], 3 all; (B, m) role, level an
-    int or (B, 1). The others stay in the graph, with a negative role."""
+    int. The others stay in the graph, with a negative role."""
     role = role.abs()
     visible = role.clamp(max=3) <= level
     return torch.where(visible, role, -role)

@@ -8,9 +8,10 @@ that differ: see Attention.forward, Eq 13.
 Each one's forward returns logits, or its loss when it is given targets. Decoding is in generate.py.
 
 Shapes: B batch, n motion tokens (padded to the longest), V codes, Q quantizers, d latent, H heads.
-Text is c (B, m, 512), m condition tokens, of which those exist whose c_valid (B, m) is above 0
-(where text is a graph it is a node's role: hgm3.py); the first speaks of the whole sentence. Token
-ids: 0..V-1 codes, V = [MASK], V+1 = [PAD] (residual transformer: V = pad).
+Text is c (B, m, 512), m condition tokens, the first of which speaks of the whole sentence; c_valid
+(B, m) int8 is 0 where there is none, and above 0 where there is (in a graph a node's role, negative
+where it is hidden: hgm3.py). Token ids: 0..V-1 codes, V = [MASK], V+1 = [PAD] (residual
+transformer: V = pad).
 
 With spectral_attn off and masks chosen at random this is MoMask: official weights load (momask.py)
 and the reference code's outputs match (tests/test_model.py).
@@ -23,7 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import msd
-from fast import appended_attention, dropout, forms_logits, logit_std, spread_prior, std_over
+from fast import (appended_attention, dropout, forms_logits, logit_std, spread_prior, std_over,
+                  without_gaps)
 from hgm3 import GraphAttention
 
 
@@ -40,7 +42,7 @@ class ModelConfig:
     text_dim: int = 512
     graph: bool = False           # HGM3 3.3: condition tokens are nodes of a semantic graph
     token_init: str = 'codebook'  # token embeddings start as code vectors | 'random' (MoMask)
-    res_draw: str = 'cycle'       # which residual layer a row learns: in turn | 'release', low ones
+    res_draw: str = 'cycle'       # residual layers are learned in turn | 'release': low ones more
     # DynMask 3.5, motion-aware attention (masked transformer only)
     spectral_attn: bool = True
     window: int = 8               # W, tokens
@@ -58,7 +60,8 @@ class ModelConfig:
 class Attention(nn.Module):
     """Multi-head self-attention; given a spectral prior, motion-aware attention (DynMask 3.5).
 
-    Eq 13 blends z-scored logits with a z-scored prior. What a unit of the blend is worth:
+    Eq 13 blends z-scored logits with a z-scored prior. Before the softmax the blend is multiplied
+    by a unit, fusion:
 
         'zscore'       1, the letter. But unit-variance logits over 50 tokens cannot become sharp
         'rescaled'     sigma, the deviation of the layer's own logits: the prior joins at the scale
@@ -79,8 +82,11 @@ class Attention(nn.Module):
             self.log_temp = nn.Parameter(torch.zeros(config.n_heads, 1, 1))
 
     def forward(self, x, valid, pad, prior=None):
-        """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N): 0 or -inf, prior: from spread_prior, or
-        None for ordinary attention -> (B, N, d)."""
+        """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N): 0 or -inf, -> (B, N, d).
+
+        prior: None for ordinary attention, or of fast.spread_prior: where logits are formed (z(S)
+        (B, 1, N, N), its valid pairs (B, N N, 1)), else (qs, ks) (B, 1, N, .), whose product is
+        z(S)."""
         B, N, d = x.shape
         a = self.alpha                                                    # Eq 14
         qkv = self.in_proj(x).view(B, N, 3, self.n_heads, d // self.n_heads)
@@ -142,7 +148,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.p = config.dropout
-        self.head = config.latent // config.n_heads
+        self.head_width = config.latent // config.n_heads
         self.embed = nn.Linear(config.code_dim, config.latent)
         self.cond = nn.Linear(config.text_dim, config.latent)
         self.graph = GraphAttention(config.text_dim) if config.graph else None
@@ -150,27 +156,30 @@ class Trunk(nn.Module):
         self.register_buffer('positions', sinusoid(1024, config.latent), persistent=False)
 
     def condition(self, c, c_valid):
-        """Text c (B, m, 512), c_valid (B, m) -> (B, m, d). The sentence has no position; clauses,
-        words or nodes behind it have theirs, for their order matters."""
+        """Text c (B, m, 512), c_valid (B, m) -> front (B, m, d), front_valid (B, m) bool. The
+        sentence has no position; clauses, words or nodes behind it have theirs, for their order
+        matters."""
         if self.graph is not None:
             c = self.graph(c, c_valid)
         front = self.cond(c)
         order = self.positions[:c.shape[1] - 1].to(front.dtype)
-        return torch.cat([front[:, :1], front[:, 1:] + order], 1)
+        front = torch.cat([front[:, :1], front[:, 1:] + order], 1)
+        if self.graph is not None:
+            return without_gaps(front, c_valid > 0)
+        return front, c_valid > 0
 
     def forward(self, x, valid, front, front_valid, prior=None):
-        """x (B, n, code_dim), valid (B, n); front (B, m, d): tokens that go before them,
-        there where front_valid (B, m) > 0; prior: qs, ks (B, n, W + 2) of msd.prior_qk; -> h
-        (B, n, d)."""
+        """x (B, n, code_dim), valid (B, n); front (B, m, d), front_valid (B, m) bool: tokens that
+        go before them; prior: qs, ks (B, n, W + 2) of msd.prior_qk; -> h (B, n, d)."""
         m, n = front.shape[1], x.shape[1]
         x = self.embed(x) + self.positions[:n]
         x = dropout(x, self.p, self.training)
         x = torch.cat([front.to(x.dtype), x], 1)
-        valid = torch.cat([front_valid > 0, valid], 1)
+        valid = torch.cat([front_valid, valid], 1)
         pad = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         pad = pad[:, None, None]                                          # (B, 1, 1, m + n)
         if prior is not None:
-            prior = spread_prior(*prior, valid, x, self.head)
+            prior = spread_prior(*prior, valid, x, self.head_width)
         for layer in self.layers:
             x = layer(x, valid, pad, prior)
         return x[:, m:]
@@ -242,8 +251,8 @@ class MaskTransformer(nn.Module):
         """ids (B, n) with [MASK]s, c (B, m, 512), c_valid (B, m), valid (B, n) bool -> logits
         (B, n, V), or the loss (Eq 3) of targets (B, n), -100 where nothing is asked.
 
-        described: what `spectrum` says of the sequence that motion-aware attention shall see. By
-        default that is ids themselves: the visible tokens.
+        described: (f, seen), what `spectrum` says of the sequence that motion-aware attention shall
+        see. By default that is ids themselves: the visible tokens.
         """
         ids = torch.where(valid, ids, self.PAD)
         prior = None
@@ -252,7 +261,8 @@ class MaskTransformer(nn.Module):
             with torch.autocast(ids.device.type, enabled=False):
                 # windows behind the end see the motion too, but are not tokens
                 prior = msd.prior_qk(msd.unit(f), seen & valid)
-        h = self.trunk(self.token_emb(ids), valid, self.trunk.condition(c, c_valid), c_valid, prior)
+        front, front_valid = self.trunk.condition(c, c_valid)
+        h = self.trunk(self.token_emb(ids), valid, front, front_valid, prior)
         logits = self.head(h)
         if targets is None:
             return logits
@@ -281,10 +291,11 @@ class MaskTransformer(nn.Module):
         ids (B, n) clean, c (B, m, 512), valid (B, n) -> masked ids (B, n), chosen (B, n) bool.
         How many: gamma(r) = cos(pi r / 2) with r ~ U(0, 1), or `share` of each row. Which, mask_by:
         'random', or content-focused, where Eq 9 ranks tokens by 'msd' complexity or by 'velocity'
-        (Table 3). cfs_share: this share of the rows is, the others at random. 'loss', HGM3 3.2: the
-        hard_share of them of largest difficulty (B, n), the others at random; 'msd+loss': with Eq
-        9's score added to the difficulty. remask (BERT; MoMask Table 2): 80% become [MASK], 10% a
-        random code, 10% stay; without it all become [MASK].
+        (Table 3). cfs_share: the share of rows masked by content, the others at random. 'loss',
+        HGM3 3.2: of a row's masked tokens hard_share are those of largest difficulty (B, n), the
+        others random; 'msd+loss': with Eq 9's score added to it. lam, r_exp, noise: of msd.select.
+        remask (BERT; MoMask Table 2): 80% become [MASK], 10% a random code, 10% stay; without it
+        all become [MASK].
         """
         B, n = ids.shape
 
@@ -305,7 +316,7 @@ class MaskTransformer(nn.Module):
         else:
             s_dyn = self.dynamics(ids, valid, mask_by)                    # Eq 9
             x = self.trunk.embed(self.token_emb(ids)).float()
-            sentence = self.trunk.cond(c[:, 0]).float()
+            sentence = self.trunk.cond(c[:, 0]).float()   # before any graph attention
             s_sem = msd.semantic_score(x, sentence, valid)                # Eq 10
             chosen = msd.select(s_dyn, s_sem, K, valid, lam, r_exp, noise, generator)
             if cfs_share < 1:
@@ -329,7 +340,8 @@ class MaskTransformer(nn.Module):
 class LossPredictor(nn.Module):
     """HGM3's G: clean tokens and text -> what loss MaskTransformer will have on each, up to a
     monotone function (hgm3.py). The paper gives it six layers of its own; with one, a training step
-    costs 1.22 of MoMask's (SPEED.md). No dropout: it must not move F's random numbers."""
+    costs 1.22 of MoMask's (SPEED.md). No dropout: it must not move the masked
+    transformer's random numbers."""
 
     def __init__(self, config):
         super().__init__()
@@ -343,8 +355,8 @@ class LossPredictor(nn.Module):
     def forward(self, ids, c, c_valid, valid):
         """ids (B, n), c (B, m, 512), c_valid (B, m), valid (B, n) -> (B, n)."""
         ids = torch.where(valid, ids, self.PAD)
-        front = self.trunk.condition(c, c_valid)
-        return self.head(self.trunk(self.token_emb(ids), valid, front, c_valid))[..., 0]
+        front, front_valid = self.trunk.condition(c, c_valid)
+        return self.head(self.trunk(self.token_emb(ids), valid, front, front_valid))[..., 0]
 
 
 # ---------------------------------------------------------------------------------- residual tokens
@@ -380,8 +392,8 @@ class ResTransformer(nn.Module):
 
         q given: logits (B, n, V + 1) of layer q; ids of layers from q on are not looked at.
         q None: the loss (MoMask Eq 4), where the targets are ids of the layers that rows learn.
-        Row i learns layer pattern[(row0 + i) mod P]: taking turns instead of drawing makes the
-        gather of a (B, V + 1, code_dim) projection P plain products.
+        Row i learns layer pattern[(row0 + i) mod P], where row0 is this rank's first row of the
+        global batch: in turn, so that rows of one layer are a slice and share a plain product.
         """
         n_layers = self.config.n_quantizers - 1
         pattern = layer_pattern(n_layers, self.config.res_draw)
@@ -399,8 +411,9 @@ class ResTransformer(nn.Module):
             below = (j < layer).to(self.first.dtype)
             x = x + F.embedding(ids[..., j], tables[j]) * below[:, None, None]
         which = F.one_hot(layer, self.config.n_quantizers).to(self.first.dtype)
-        front = torch.cat([self.trunk.condition(c, c_valid), self.layer_emb(which)[:, None]], 1)
-        front_valid = F.pad(c_valid > 0, (0, 1), value=True)
+        front, front_valid = self.trunk.condition(c, c_valid)
+        front = torch.cat([front, self.layer_emb(which)[:, None]], 1)
+        front_valid = F.pad(front_valid, (0, 1), value=True)
         h = self.head(self.trunk(x, valid, front, front_valid))           # (B, n, code_dim)
         if q is not None:
             return h @ tables[q].T.to(h.dtype)
@@ -419,6 +432,7 @@ def layer_pattern(n_layers, draw):
     of MoMask's code, which draws 1 + round((1 - cos(pi u / 2)) (n_layers - 1)), u ~ U(0, 1)."""
     if draw == 'cycle':
         return [1 + i for i in range(n_layers)]
+    # of u, scrambled, so that small batches meet all layers
     quantiles = [(7 * i % 16 + 0.5) / 16 for i in range(16)]
     return [1 + round((1 - math.cos(math.pi * u / 2)) * (n_layers - 1)) for u in quantiles]
 
@@ -443,7 +457,7 @@ class LengthEstimator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, c, c_valid, targets=None):
-        logits = self.output((c * (c_valid != 0)[..., None]).sum(1))
+        logits = self.output((c * (c_valid > 0)[..., None]).sum(1))
         if targets is None:
             return logits
         return F.cross_entropy(logits, targets)

@@ -16,7 +16,7 @@ import numpy as np
 import msd
 from configurator import UserError
 from evaluator import Evaluator, Words
-from generate import Pipeline
+from generate import Pipeline, load_pipeline
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from motion import SKELETONS
 from runtime import load, load_named, read_array, read_text
@@ -67,7 +67,7 @@ class Checkpoint:
         found = (re.match(pattern, name) for name in self.weights)
         return len({match[1] for match in found if match})
 
-    def fill(self, model, names, missing_ok='$'):
+    def fill(self, model, names, missing_ok=''):
         """The model with these weights; names: {official: ours}, from top to bottom."""
         weights = {}
         for name, tensor in self.weights.items():
@@ -90,8 +90,8 @@ def tokenizer(root, dataset, name):
         down=official.count(r'encoder\.model\.(\d+)\.0\.weight'),
         depth=official.count(r'encoder\.model\.2\.1\.model\.(\d+)\.'))
     mean, std = statistics(os.path.join(root, dataset, name, 'meta'), dim)
-    running_sums = r'mean|std|.*code_(sum|count)'
-    return official.fill(RVQVAE(config, mean, std), TOKENIZER, running_sums)
+    not_released = r'mean|std|.*code_(sum|count)'
+    return official.fill(RVQVAE(config, mean, std), TOKENIZER, not_released)
 
 
 def mask_transformer(root, dataset, name=''):
@@ -154,7 +154,8 @@ def evaluator(root, dataset, glove_dir=None):
     _, _, text_hidden = text.shape('hidden')
     word_dim, tag_dim = text.shape('pos_emb.weight')
     out, _ = text.shape('output_net.3.weight')
-    mean, std = statistics(os.path.join(root, dataset, 'Comp_v6_KLD005', 'meta'), features + 4)
+    dim = features + 4   # it reads all but the four contacts
+    mean, std = statistics(os.path.join(root, dataset, 'Comp_v6_KLD005', 'meta'), dim)
     glove = os.path.join(root, 'glove')
     if glove_dir is None and os.path.isdir(glove):
         glove_dir = glove
@@ -183,6 +184,15 @@ def pipeline(root, dataset='t2m', text_encoder='clip', mask_name='', res_name=''
         tokenizer(root, dataset, vq_names.pop()), mask_transformer(root, dataset, mask_name),
         res_transformer(root, dataset, res_name), length_estimator(root, dataset),
         text_encoder, meta, device)
+
+
+def open_pipeline(config, out_dir, device):
+    """The Pipeline that a script's settings (config/decoding.py) ask for: the official release, or
+    what training wrote into out_dir."""
+    if config['init_from'] == 'checkpoint':
+        return load_pipeline(out_dir, device, config['mask_file'])
+    return pipeline(config['momask_root'], config['momask_data'], config['momask_text'],
+                    config['momask_mask'], config['momask_res'], device)
 
 
 def read_opt(root, dataset, name):

@@ -2,7 +2,7 @@
 
 Shapes: T frames, J joints (22, KIT 21), D = 4 + (J-1)*3 + (J-1)*6 + J*3 + 4 features per frame:
 
-    [0]        root yaw velocity, half of the angle turned in one frame (radians)
+    [0]        root yaw velocity: minus half of the angle turned to the next frame (radians)
     [1:3]      root x and z velocity in the root's own frame (metres per frame; KIT millimetres)
     [3]        root height above the floor
     (J-1)*3    joint positions in the root frame: facing Z+, root at x = z = 0, height above floor
@@ -16,7 +16,7 @@ statistics are tied to them.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from scipy.ndimage import gaussian_filter1d
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +26,11 @@ class Skeleton:
     chains: tuple             # kinematic chains, root outwards
     raw_offsets: np.ndarray   # (J, 3) unit direction of each bone in the rest pose
     leg_joints: tuple         # knee and ankle of one leg: their bones measure a body's size
-    feet: tuple               # left ankle, left toe, right ankle, right toe
+    feet: tuple               # left ankle (KIT: heel), left toe, right ankle, right toe
     facing: tuple             # right hip, left hip, right shoulder, left shoulder
     fps: float
     min_frames: int           # the field's shortest clip
-    contact_threshold: float  # squared displacement per frame below which a foot stands
+    contact_threshold: float  # squared displacement per frame below which a foot stands (KIT: mm²)
     units_per_metre: float
 
     @property
@@ -116,13 +116,7 @@ def unit(vectors, fallback=0.0):
 
 def smooth(x, sigma):
     """Gaussian filter along axis 0, the ends held, cut at 4 sigma: (T, ...) -> (T, ...)."""
-    reach = 4 * sigma
-    steps = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (steps / sigma) ** 2)
-    weights /= weights.sum()
-    held = np.clip(np.arange(-reach, len(x) + reach), 0, len(x) - 1)
-    windows = sliding_window_view(x[held], len(steps), axis=0)
-    return windows @ weights
+    return gaussian_filter1d(x, sigma, axis=0, mode='nearest')
 
 
 def resample(joints, fps, new_fps):
@@ -145,7 +139,8 @@ def _turn(vectors, yaw):
 
 
 def _facing(joints, skeleton, hip_sign=1):
-    """x and z (..., 2) of up x the unit line across hips and shoulders; short where it tilts."""
+    """The way that a body faces, its x and z (..., 2): the cross product of up with the unit vector
+    across hips and shoulders; short where that tilts."""
     facing = np.moveaxis(joints[..., skeleton.facing, :], -2, 0)
     right_hip, left_hip, right_shoulder, left_shoulder = facing
     across = hip_sign * (right_hip - left_hip) + right_shoulder - left_shoulder
@@ -206,7 +201,8 @@ def _rotations(joints, skeleton, yaw):
     halfway = unit(rest + _bone_directions(joints, skeleton), square)
     world = _half_turn(halfway) @ _half_turn(rest)
 
-    # every chain starts from the turn into the root frame, the arms' too, not from the spine's
+    # every chain starts from the turn into the root frame, the arms' too, not from the spine's;
+    # that its inverse is applied keeps the world's heading in them, a quirk (see `steady`)
     world[:, 0] = _turn(np.eye(3), yaw[:, None])  # the rows of that turn's matrix
     before = np.zeros(skeleton.n_joints, dtype=int)
     for chain in skeleton.chains:
@@ -245,6 +241,7 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
 
     yaw = _heading(joints, skeleton, steady)
     step = np.diff(joints, axis=0)
+    # by the next frame's heading, a quirk of the field; features_to_joints knows
     root_velocity = _turn(step[:, 0], -yaw[1:])
     below_root = joints[:, :1] * [1, 0, 1]
     in_root_frame = _turn(joints - below_root, -yaw[:, None])

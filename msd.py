@@ -51,10 +51,11 @@ def velocity_ends(known, gap='interp'):
 
 
 def plain_spectrum(x, known, W=8, gap='interp'):
-    """Eqs 4-6 from vectors x (B, n, D), n >= 2 -> f (B, n, W). Tests hold `spectrum` below to it,
-    which takes 2.7 ms instead of 46 (B = 64, n = 49, D = 512, two cores).
+    """Eqs 4-6 from vectors x (B, n, D), n >= 2 -> f (B, n, W). `spectrum` below, which
+    tests hold to it, takes 2.7 ms instead of 46 (B = 64, n = 49, D = 512, two cores).
 
-    The window of token t covers velocities t - W//2 .. t - W//2 + W - 1, zeros beyond the ends.
+    Velocity t lies between tokens t - 1 and t. The window of token t covers velocities t - W//2 ..
+    t - W//2 + W - 1, zeros beyond the ends.
     """
     before, after, v_known = velocity_ends(known, gap)
     row = torch.arange(len(x), device=x.device)[:, None]
@@ -267,7 +268,7 @@ def prior_qk(phi, seen):
 
 def alpha(layer, alpha0, n_layers, schedule='decay'):
     """Eq 14: alpha_l = alpha_0 exp(-l/3), layers l counted from 0. 'constant' and 'reversed' (late
-    layers strongest) are the ablations of 4.3."""
+    layers strongest) are our reading of the layer schedules that 4.3 mentions."""
     if schedule == 'constant':
         return alpha0
     if schedule == 'reversed':

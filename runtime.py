@@ -274,21 +274,22 @@ def open_checkpoint(path):
     return checkpoint
 
 
-def sizes(kind, config, path):
-    """A checkpoint's config (dict) -> the dataclass `kind`. UserError where it is not one."""
+def config_from(cls, saved, path):
+    """A checkpoint's config (dict) -> an instance of the dataclass cls. UserError where it is
+    none."""
     try:
-        shape = kind(**config)
-        for key, default in kind().__dict__.items():
-            convert(key, getattr(shape, key), default, path)
+        config = cls(**saved)
+        for key, default in cls().__dict__.items():
+            convert(key, getattr(config, key), default, path)
     except TypeError:
-        raise UserError(f'{path} holds other sizes than a {kind.__name__}: was it written by '
+        raise UserError(f'{path} holds other sizes than a {cls.__name__}: was it written by '
                         'another version?') from None
-    return shape
+    return config
 
 
-def load_named(model, weights, path, missing_ok='$'):
+def load_named(model, weights, path, missing_ok=''):
     """load_state_dict whose complaints are one sentence (UserError), also about NaN and infinity.
-    missing_ok: a pattern for the names of tensors that may keep their initial values."""
+    missing_ok: a pattern for the names of tensors that may keep their initial values; '' none."""
     own = model.state_dict()
     if not isinstance(weights, dict):
         raise UserError(f'{path} holds no dict of tensors, expected that of a network.')

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import foreign
 import hgm3
-import momask
 import msd
 from bvh import fit_rotations, write_bvh
 from configurator import UserError, configure
@@ -33,7 +32,8 @@ from data import FRAMES_PER_TOKEN, load_meta, load_split
 from detect import describe, parse, passes
 from draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
 from fast import keep_memory
-from generate import decoding_of, load_pipeline
+from generate import decoding_of
+from momask import open_pipeline
 from motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
 from runtime import must_be_writable, read_array, read_text, setup
 from vq import load_tokenizer
@@ -41,13 +41,6 @@ from vq import load_tokenizer
 # -----------------------------------------------------------------------------
 data = 'toy'
 out_dir = ''                 # where the checkpoints are, '' is out/<data>
-mask_file = 'mask.pt'        # which masked transformer there
-init_from = 'checkpoint'     # 'checkpoint' | 'momask': the official release under momask_root
-momask_root = ''
-momask_data = 't2m'          # 't2m' | 'kit'
-momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
-momask_res = ''
-momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
 prompt = ''
 prompts = ''                 # a file, one prompt a line: text or text#frames, | between parts
 source = ''                  # a .bvh, or an .npy of this script: change that motion instead
@@ -63,10 +56,7 @@ footlock = False             # hold standing feet still: post-processing, *_foot
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-config = configure(
-    globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'),
-    momask_data=('t2m', 'kit'), momask_text=('clip', 'hash'), msd_decode=('kept', 'guess'),
-    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
+config = configure(globals(), shared='config/decoding.py')
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)
@@ -210,11 +200,7 @@ if msd_of:
 jobs = read_prompts()
 run = setup(device, dtype, seed)
 keep_memory()
-if init_from == 'momask':
-    pipe = momask.pipeline(momask_root, momask_data, momask_text, momask_mask, momask_res,
-                           run.device)
-else:
-    pipe = load_pipeline(out_dir, run.device, mask_file)
+pipe = open_pipeline(config, out_dir, run.device)
 folder = samples_dir or os.path.join(out_dir, 'samples')
 must_be_writable(os.path.join(folder, 'grid.gif'))
 longest, fps = pipe.meta['max_frames'], pipe.meta['fps']

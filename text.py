@@ -38,7 +38,7 @@ DIM = 512
 # words that the hash encoder does not hear: which of them somebody types is chance
 FUNCTION_WORDS = set('a an the he she they it is are his her their its to on with of at in'.split())
 MOST_TOKENS = 24   # condition tokens behind the sentence; what comes later is left out
-SEPARATOR = (r'[,.;!?]|\b(?:and|then|next|before|after that|afterwards|after|while|finally|lastly|'
+CLAUSE_END = (r'[,.;!?]|\b(?:and|then|next|before|after that|afterwards|after|while|finally|lastly|'
              r'first)\b')
 
 
@@ -68,7 +68,8 @@ def encode(captions, encoder, text='sentence', nodes=None, cache=None, device='c
     behind = [some[:MOST_TOKENS] for some in nodes]
     parts = [[caption, *(piece for piece, _ in some)] for caption, some in zip(captions, behind)]
     roles = [torch.tensor([1, *(role for _, role in some)], dtype=torch.int8) for some in behind]
-    place = {piece: 1 + i for i, piece in enumerate(dict.fromkeys(sum(parts, [])))}
+    different = dict.fromkeys(piece for part in parts for piece in part)
+    place = {piece: 1 + i for i, piece in enumerate(different)}
     if encoder == 'hash':
         vectors = hash_encode(list(place))   # 20,000 captions a second: not worth a file
         heard = dict(zip(place, vectors.any(1).tolist()))
@@ -99,7 +100,7 @@ def pieces(caption, text):
     if text == 'words':
         found = words(caption)
     if text == 'clauses':
-        clauses = re.split(SEPARATOR, caption.lower())
+        clauses = re.split(CLAUSE_END, caption.lower())
         found = [clause.strip() for clause in clauses if words(clause)]
     return found
 
@@ -150,8 +151,8 @@ def cached_encode(captions, cache, make_tower, device):
 
     new = sorted(set(captions) - set(known))
     if new:
-        encode = make_tower(device=device)
-        known.update(zip(new, encode(new).numpy()))
+        tower = make_tower(device=device)
+        known.update(zip(new, tower(new).numpy()))
     if new and path:
         with atomic_write(path) as f:   # several ranks may come here at once
             np.savez(f, captions=list(known), vectors=np.stack(list(known.values())))
@@ -189,21 +190,21 @@ def clip_tower(pretrained='openai', device='cpu'):
         x = model.transformer(x, attn_mask=model.attn_mask[:L, :L])
         x = model.ln_final(x)
         sentence = x[torch.arange(len(x)), last] @ model.text_projection
-        words = [states[1:end] for states, end in zip(x, last)]   # between start and end marks
-        return sentence, words
+        states = [row[1:end] for row, end in zip(x, last)]   # between start and end marks
+        return sentence, states
 
     def encode(captions, states=False):
         sentences = [torch.zeros(0, DIM)]
-        words = []
+        states_of_words = []
         for i in range(0, len(captions), 64):
             # vectors are cached: they must be the same whoever asks for them, so no autocast
             with torch.autocast(torch.device(device).type, enabled=False):
                 sentence, some = encode_some(captions[i:i + 64])
             sentences.append(sentence.cpu())
-            words += [part.cpu() for part in some]
+            states_of_words += [part.cpu() for part in some]
         sentences = torch.cat(sentences)
         if not states:
             return sentences
-        return [torch.cat([s[None], w]) for s, w in zip(sentences, words)]
+        return [torch.cat([s[None], w]) for s, w in zip(sentences, states_of_words)]
 
     return encode

@@ -23,7 +23,7 @@ FPS = 20
 MIN_FRAMES, MAX_FRAMES = 40, 196
 SPEEDS = {'slow': 0.75, 'normal': 1.0, 'fast': 1.3}  # how much faster than normal the clock runs
 LEFTWARD = np.array([1, -1])  # by side
-DOWN = dict(lift=0.0, fwd=0.0, tip=0.0)  # a foot
+DOWN = dict(lift=0.0, fwd=0.0, tip=0.0)  # a foot on the floor
 LANGUAGE = json.loads(Path(HERE, 'config', 'toy_language.json').read_text())
 
 (PELVIS, L_HIP, R_HIP, SPINE1, L_KNEE, R_KNEE, SPINE2, L_ANKLE, R_ANKLE, SPINE3, L_TOE, R_TOE,
@@ -154,6 +154,7 @@ class Plan:
         self.move(0.0, foot, start=max(-0.12, landed), tip=tip)
         self.move(seconds, foot, tip=0.0)
 
+        # slopes at the ends of the cubics that peak at 1: 4 t (1 - t), 27/4 t (1 - t)^2
         rise, fall = (4.0, -4.0) if flight else (6.75, 0.0)
         speed = lift / seconds
         nearly = seconds - 0.001  # speeds come and go at once

@@ -47,8 +47,7 @@ ev_weight_decay = 1e-2
 ev_eval_every = 100      # steps between validations; the best on val is kept
 ev_test_only = False     # skip training: load evaluator.pt and print the evidence
 overwrite = False        # train although an evaluator.pt is there
-config = configure(globals(), device=('auto', 'cpu', 'cuda'),
-                   dtype=('auto', 'float32', 'bfloat16'))
+config = configure(globals())
 # -----------------------------------------------------------------------------
 data_dir = data_dir or os.path.join('data', data)
 out_dir = out_dir or os.path.join('out', data)

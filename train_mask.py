@@ -89,16 +89,7 @@ log_every = 50
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 compile = False              # torch.compile, with batches padded to one length: pays on a GPU
-config = configure(
-    globals(), stage=('mask', 'res', 'len'), init_from=('scratch', 'resume'),
-    text_encoder=('clip', 'hash'), text=('sentence', 'clauses', 'words', 'graph'),
-    mask_by=('msd', 'velocity', 'random', 'loss', 'msd+loss'),
-    alpha_schedule=('decay', 'constant', 'reversed'),
-    fusion=('rescaled', 'zscore', 'temperature'), msd_embed=('codebook', 'learned'),
-    msd_gap=('interp', 'zero'), omega=('energy', 'flatness'),
-    msd_attn=('visible', 'clean', 'guess'), token_init=('codebook', 'random'),
-    res_draw=('cycle', 'release'), optimizer=('muon', 'adamw'),
-    device=('auto', 'cpu', 'cuda'), dtype=('auto', 'bfloat16', 'float32'))
+config = configure(globals(), init_from=('scratch', 'resume'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 vq = vq or os.path.join(out_dir, 'vq.pt')
@@ -146,11 +137,12 @@ tags = None
 if text == 'graph':   # for prompts, which have no tags
     tags = hgm3.tag_table(caption['tokens'] for caption in train_split.captions)
 N = meta['max_frames'] // FRAMES_PER_TOKEN   # longest clip in tokens
-CROP = run.device == 'cpu' and not compile   # pad to a batch's longest, or to one static shape
-WIDTH = None if CROP else N
-POOL = 8 if CROP else 1   # similar lengths share a batch: on toy 60% of the positions are left
+TO_LONGEST = run.device == 'cpu' and not compile   # pad a batch to its longest | to one shape
+WIDTH = None if TO_LONGEST else N
+POOL = 8 if TO_LONGEST else 1   # similar lengths share a batch: on toy 60% of positions are left
 some = torch.randperm(len(val.clip_of), generator=torch.Generator().manual_seed(0))[:512]
 val_captions = some.to(run.device)
+LEVELS = (1, 2, 3)   # of HGM3's graph, one a step
 
 # model
 if stage == 'len':
@@ -220,17 +212,17 @@ def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
     base = ids[..., 0]
     training = share is None
     signal = mask_by if training else 'random'
-    if text == 'graph' and training:   # HGM3 Eq 13 with a level a row, in turn, not all three
-        level = 1 + torch.arange(len(c), device=c.device)[:, None] % 3
-        c_valid = show(c_valid, level)
+    if text == 'graph' and training:
+        c_valid = show(c_valid, level_now)
     difficulty = None
     if miner and training:
         difficulty = miner.difficulty(base, c, c_valid, valid)
-    masked, chosen = model.mask_tokens(base, c, valid, signal, cfs_lambda, r_exp, cfs_noise,
-                                       cfs_now, remask, share, difficulty, hard_now, generator)
+    masked, chosen = model.mask_tokens(
+        base, c, valid, signal, lam=cfs_lambda, r_exp=r_exp, noise=cfs_noise, cfs_share=cfs_now,
+        remask=remask, share=share, difficulty=difficulty, hard_share=hard_now, generator=generator)
     targets = torch.where(chosen, base, -100)
     described = None
-    if spectral_attn and msd_attn == 'clean' and training:   # not there at inference
+    if spectral_attn and msd_attn == 'clean' and training:   # validation sees what inference sees
         described = model.spectrum(torch.where(valid, base, model.PAD)[rows])
     c, c_valid = drop_text(c, c_valid, cond_drop, generator)   # after Eq 10 has read it
     inputs = masked[rows], c[rows], c_valid[rows], valid[rows]
@@ -300,7 +292,7 @@ def flops_of_a_token():
 # start, or go on
 it0 = 0
 best = math.inf
-cfs_now, hard_now = cfs_share, hard_first
+cfs_now, hard_now, level_now = cfs_share, hard_first, 3
 history = []
 pending = []   # batches of captions that are drawn, and not yet used
 flops = flops_of_a_token()
@@ -343,6 +335,7 @@ for it in bar:
             group['lr'] = lr_at(it, lr, warmup, iters)
     cfs_now = cfs_share * min(1.0, (it + 1) / max(1.0, cfs_ramp * iters))
     hard_now = hard_share(it, iters, hard_first, hard_last)
+    level_now = LEVELS[it % len(LEVELS)]   # HGM3 Eq 13, a level a step, not all three
 
     if not pending:   # draw POOL batches at once, and deal them out by length in random order
         pool = train.draw(POOL * batch_size, run.generator)

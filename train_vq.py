@@ -60,9 +60,7 @@ log_every = 50               # the loss is fetched from the device only then
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 compile = False              # torch.compile: pays on a GPU, costs a minute at the start
-config = configure(
-    globals(), init_from=('scratch', 'resume'), device=('auto', 'cpu', 'cuda'),
-    dtype=('auto', 'bfloat16', 'float32'))
+config = configure(globals(), init_from=('scratch', 'resume'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
@@ -143,7 +141,7 @@ def heading_error(x, y):
 def compute_loss(net, x, n_active=None):
     """MoMask Eq 2 with smooth L1: x (B, T, D) -> loss, reconstruction (B, T, D), ids, residuals."""
     with run.autocast():
-        y, commit, ids, seen = net(x, n_active)
+        y, commit, ids, residuals = net(x, n_active)
     y = y.float()
     position = slice(4, 4 + (J - 1) * 3)
     loss = F.smooth_l1_loss(y, x)
@@ -152,7 +150,7 @@ def compute_loss(net, x, n_active=None):
         loss = loss + w_foot * foot_error(x, y)
     if w_heading:
         loss = loss + w_heading * heading_error(x, y)
-    return loss + w_commit * commit, y, ids, seen
+    return loss + w_commit * commit, y, ids, residuals
 
 
 @torch.no_grad()
@@ -232,12 +230,12 @@ for it in bar:
 
     first = train_windows.draw(vq_batch, run.generator)
     x = get_batch(train_windows, first)
-    loss, _, ids, seen = compute_loss(net, x, layer_count[n_active])
+    loss, _, ids, residuals = compute_loss(net, x, layer_count[n_active])
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.update_codebooks(ids, seen, n_active, run.generator)
+    model.update_codebooks(ids, residuals, n_active, run.generator)
 
     losses.add(it + 1, loss, first)
     logs = (it + 1) % log_every == 0

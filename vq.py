@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import FRAMES_PER_TOKEN, equal_lengths
 from msd import gumbel_like
-from runtime import gather, load, load_named, sizes
+from runtime import config_from, gather, load, load_named
 
 
 @dataclass
@@ -92,30 +92,31 @@ class Quantizer(nn.Module):
 
     def nearest(self, r):
         """DynMask Eq 1: ids (N,) of the codes nearest to r (N, code_dim)."""
+        # squared, less |r|^2, which all codes share
         distance = self.codebook.square().sum(1) - 2 * r @ self.codebook.T
         if self.training and self.sample:
             distance = distance - self.sample * gumbel_like(distance, None)
         return distance.argmin(1)
 
     @torch.no_grad()
-    def init(self, pick):
-        """First batch: every code becomes a data vector of pick (V, code_dim)."""
-        self.codebook.copy_(pick)
-        self.code_sum.copy_(pick)
+    def init(self, vectors):
+        """First batch: every code becomes one of the data's vectors (V, code_dim)."""
+        self.codebook.copy_(vectors)
+        self.code_sum.copy_(vectors)
         self.code_count.fill_(1.0)
 
     @torch.no_grad()
-    def update(self, r, ids, pick):
-        """An EMA step from vectors r (N, code_dim), their ids (N,), and spare vectors pick
+    def update(self, r, ids, spare):
+        """An EMA step from vectors r (N, code_dim), their ids (N,), and spare vectors
         (V, code_dim) for unused codes. All three cover the global batch, so every rank takes the
-        same step. No branch on data: nothing waits for a GPU."""
+        same step. torch.where, not if: the host never waits for the device."""
         one_hot = F.one_hot(ids, len(self.codebook)).to(r.dtype)
         self.code_count.lerp_(one_hot.sum(0), 1 - self.mu)
         self.code_sum.lerp_(one_hot.T @ r, 1 - self.mu)
         used = self.code_count >= self.reset_below
         mean = self.code_sum / self.code_count.clamp(min=1e-5)[:, None]
-        self.codebook.copy_(torch.where(used[:, None], mean, pick))
-        self.code_sum.copy_(torch.where(used[:, None], self.code_sum, pick))
+        self.codebook.copy_(torch.where(used[:, None], mean, spare))
+        self.code_sum.copy_(torch.where(used[:, None], self.code_sum, spare))
         self.code_count.copy_(torch.where(used, self.code_count, 1.0))
 
 
@@ -156,13 +157,13 @@ class RVQVAE(nn.Module):
         Returns ids (B, n, Q), the sum of codes (B, n, code_dim), the commitment losses of all
         layers summed, and the residuals that each quantizer saw, [(B n, code_dim)] * Q.
         """
-        B, n, D = z.shape
+        B, n, _ = z.shape
         ids = []
-        seen = []
+        residuals = []
         total = 0
         commit = 0.0
         with torch.autocast(z.device.type, enabled=False):   # in bfloat16 other codes are nearest
-            r = z.float().reshape(B * n, D)
+            r = z.float().reshape(B * n, -1)
             for v, quantizer in enumerate(self.quantizers):
                 i = quantizer.nearest(r.detach())
                 b = quantizer.codebook[i]
@@ -172,17 +173,18 @@ class RVQVAE(nn.Module):
                 commit = commit + on * F.mse_loss(r, b)
                 total = total + on * b
                 ids.append(i)
-                seen.append(r.detach())
+                residuals.append(r.detach())
                 r = r - b
-        return torch.stack(ids, -1).view(B, n, -1), total.view(B, n, D), commit, seen
+        return torch.stack(ids, -1).view(B, n, -1), total.view(z.shape), commit, residuals
 
     def forward(self, motion, n_active=None):
         """motion (B, T, D) normalized -> reconstruction (B, T, D), commitment loss (mean over
         layers), ids (B, n, Q), residuals for `update_codebooks`."""
         z = self.encode_latent(motion)
-        ids, b, commit, seen = self.quantize(z, n_active)
+        ids, b, commit, residuals = self.quantize(z, n_active)
         b = z + (b - z).detach()   # straight-through: the decoder's gradient goes to the encoder
-        return self.decode_latent(b.to(z.dtype)), commit / len(self.quantizers), ids, seen
+        y = self.decode_latent(b.to(z.dtype))
+        return y, commit / len(self.quantizers), ids, residuals
 
     @torch.no_grad()
     def init_codebooks(self, motion, generator):
@@ -194,12 +196,12 @@ class RVQVAE(nn.Module):
             r = r - quantizer.codebook[quantizer.nearest(r)]
 
     @torch.no_grad()
-    def update_codebooks(self, ids, seen, n_active, generator):
+    def update_codebooks(self, ids, residuals, n_active, generator):
         """EMA and resets after a training step; layers that quantization dropout switched off learn
         nothing. With torch.distributed every rank gathers the global batch and steps alike (8 MB a
         step at the released size)."""
         for v, quantizer in enumerate(self.quantizers[:n_active]):
-            r = gather(seen[v])
+            r = gather(residuals[v])
             i = gather(ids[..., v].reshape(-1))
             quantizer.update(r, i, self.pick(r, generator))
 
@@ -244,6 +246,6 @@ def load_tokenizer(path):
     """Open what train_vq.py wrote."""
     checkpoint = load(path, 'run `python train_vq.py` with this config first', 'vq',
                       ('config', 'model'))
-    model = RVQVAE(sizes(VQConfig, checkpoint['config'], path))
+    model = RVQVAE(config_from(VQConfig, checkpoint['config'], path))
     load_named(model, checkpoint['model'], path)
     return model.eval()

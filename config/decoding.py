@@ -1,4 +1,13 @@
-# How to decode: the settings that sample.py, eval_t2m.py, eval_edit.py and app.py share.
+# Whose networks, and how to decode: the settings that sample.py, eval_t2m.py, eval_edit.py and
+# app.py share.
+init_from = 'checkpoint'     # our own, from out_dir | 'momask': the official, from momask_root
+mask_file = 'mask.pt'        # which masked transformer of out_dir
+momask_root = ''
+momask_data = 't2m'          # 't2m' | 'kit'
+momask_mask = ''             # checkpoint names there; '' is the only folder t2m_* / tres_*
+momask_res = ''
+momask_text = 'clip'         # text encoder for the official weights; their own is 'clip' | 'hash'
+# decoding
 steps = 10                   # rounds in which base tokens are filled in
 cond_scale = 4.0             # guidance of the base tokens (KIT 2)
 res_scale = 5.0              # guidance of the residual tokens
