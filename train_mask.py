@@ -142,7 +142,6 @@ WIDTH = None if TO_LONGEST else N
 POOL = 8 if TO_LONGEST else 1   # similar lengths share a batch: on toy 60% of positions are left
 some = torch.randperm(len(val.clip_of), generator=torch.Generator().manual_seed(0))[:512]
 val_captions = some.to(run.device)
-LEVELS = (1, 2, 3)   # of HGM3's graph, one a step
 
 # model
 if stage == 'len':
@@ -335,7 +334,7 @@ for it in bar:
             group['lr'] = lr_at(it, lr, warmup, iters)
     cfs_now = cfs_share * min(1.0, (it + 1) / max(1.0, cfs_ramp * iters))
     hard_now = hard_share(it, iters, hard_first, hard_last)
-    level_now = LEVELS[it % len(LEVELS)]   # HGM3 Eq 13, a level a step, not all three
+    level_now = 1 + it % 3   # HGM3 Eq 13: its three levels in turn
 
     if not pending:   # draw POOL batches at once, and deal them out by length in random order
         pool = train.draw(POOL * batch_size, run.generator)
