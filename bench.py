@@ -30,6 +30,7 @@ import text
 from configurator import configure
 from generate import generate_base, generate_residual
 from hgm3 import HardTokenMining
+from hgm3 import show as show_nodes
 from model import LossPredictor, MaskTransformer, ModelConfig, ResTransformer, Trunk
 from runtime import atomic_write, setup, synchronize
 from vq import RVQVAE, VQConfig
@@ -209,7 +210,7 @@ def transformer_step(network, form):
         if network is ResTransformer:
             return model(ids, c, c_valid, valid)
         if 'graph' in form:
-            c, c_valid = cached_nodes, graph_role
+            c, c_valid = cached_nodes, show_nodes(graph_role, int(form[-1]))
         base = ids[..., 0]
         if 'mining' in form:
             hard = miner.difficulty(base, c, c_valid, valid)
@@ -309,8 +310,15 @@ parts = what.split(',')
 if 'step' in parts:
     size = f'training step, batch {batch} x {n_tokens} tokens'
     masked = partial(transformer_step, MaskTransformer)
-    others = ['ours, Muon', 'ours, hard mining', 'ours, graph', 'ours, hard mining, graph']
-    show(f'masked transformer, {size}', masked, with_dynmask + others)
+    # HGM3's levels, which training takes in turn
+    levels = {name: [f'{name} {level}' for level in (1, 2, 3)]
+              for name in ('ours, graph', 'ours, hard mining, graph')}
+    others = ['ours, Muon', 'ours, hard mining', *sum(levels.values(), [])]
+    table = show(f'masked transformer, {size}', masked, with_dynmask + others)
+    for name, its_levels in levels.items():
+        ratio = float(np.mean([table[level]['times ours'] for level in its_levels]))
+        table[name] = {'times ours': ratio}
+        print(f'  {name}, the mean of its levels / ours {ratio:.3f}')
     residual = partial(transformer_step, ResTransformer)
     show(f'residual transformer, {size}', residual, forms)
     show(f'tokenizer, training step, {4 * batch} x 64 frames', tokenizer_step, forms)

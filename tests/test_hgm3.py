@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import hgm3
+import model
 import text
 from generate import generate_base
 from model import LossPredictor, MaskTransformer, ModelConfig
@@ -168,6 +169,27 @@ def test_hidden_nodes_are_heard_through_the_graph_only(small):
         longer = torch.cat([c, torch.randn(4, 3, 512)], 1)
         padded = m(ids, longer, F.pad(motion, (0, 3)), valid)
     assert (padded - out)[valid].abs().max() < 1e-5
+
+
+def test_hidden_nodes_cost_no_tokens(small, monkeypatch):
+    """Condition tokens close up behind hidden ones, and nothing else changes."""
+    m, c, role, valid = small
+    ids = torch.randint(20, valid.shape)
+    for level in (1, 2, 3):
+        shown = hgm3.show(role, level)
+        with torch.no_grad():
+            front, front_valid = m.trunk.condition(c, shown)
+            out = m(ids, c, shown, valid)
+            with monkeypatch.context() as patch:
+                patch.setattr(model, 'without_gaps', lambda front, shown: (front, shown))
+                unpacked, _ = m.trunk.condition(c, shown)
+                plain = m(ids, c, shown, valid)
+        assert front.shape[1] == (shown > 0).sum(1).max()
+        assert level > 1 or front.shape[1] == 1
+        assert torch.equal(front_valid.sum(1), (shown > 0).sum(1))
+        for row in range(len(c)):
+            assert torch.equal(front[row][front_valid[row]], unpacked[row][shown[row] > 0])
+        assert (out - plain)[valid].abs().max() < 1e-5
 
 
 def test_decoding_hears_more_step_by_step(small):
