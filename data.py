@@ -141,15 +141,21 @@ class Split:
         return self.names[np.searchsorted(self.start, frames.cpu().numpy(), 'right') - 1]
 
 
+def how_to_make(name):
+    """The command that prepares a data set of this name."""
+    if name in ('toy', 'bandai', 'hml3d', 'kit', 'babel'):
+        return f'python prepare_data.py {name}'
+    return f'python prepare_data.py folder --src=... --out=data/{name}'
+
+
 def load_meta(folder):
     """-> (meta dict, mean (D,), std (D,)), checked. UserError names the command that makes the
     data."""
-    name = os.path.basename(os.path.normpath(folder))
-    again = f'run `python prepare_data.py {name}` again'
+    command = how_to_make(os.path.basename(os.path.normpath(folder)))
+    again = f'run `{command}` again'
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
-        raise UserError(f'{folder} holds no prepared data; run `python prepare_data.py {name}` '
-                        'first')
+        raise UserError(f'{folder} holds no prepared data; run `{command}` first')
     meta = read_json(path, again)
     for key, kind in META.items():
         value = meta.get(key) if isinstance(meta, dict) else None
@@ -174,7 +180,7 @@ def load_split(folder, name):
     """Open one split. UserError where it is missing, damaged, or its features are not the file that
     was written: they were checked then, and gigabytes are not read again here."""
     meta = load_meta(folder)[0]
-    again = f'run `python prepare_data.py {meta["name"]}` again'
+    again = f'run `{how_to_make(meta["name"])}` again'
     paths = [os.path.join(folder, f'{name}_{part}')
              for part in ('motion.npy', 'clips.npz', 'captions.json')]
     if not os.path.exists(paths[0]):
