@@ -340,7 +340,7 @@ class MaskTransformer(nn.Module):
 class LossPredictor(nn.Module):
     """HGM3's G: clean tokens and text -> what loss MaskTransformer will have on each, up to a
     monotone function (hgm3.py). The paper gives it six layers of its own; with one, a training step
-    costs 1.22 of MoMask's (SPEED.md). No dropout: it must not move the masked
+    costs 1.17 of MoMask's (SPEED.md). No dropout: it must not move the masked
     transformer's random numbers."""
 
     def __init__(self, config):
