@@ -41,7 +41,7 @@ seed = 0                     # where the page begins; so do steps and cond_scale
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-config = configure(globals(), shared='config/decoding.py')
+config = configure(globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'))
 # -----------------------------------------------------------------------------
 try:
     import viser

@@ -72,7 +72,6 @@ CHOICES = dict(
     res_draw=('cycle', 'release'),
     optimizer=('muon', 'adamw'),
     # decoding
-    init_from=('checkpoint', 'momask'),   # (training: 'scratch', 'resume')
     msd_decode=('kept', 'guess'),
     momask_data=('t2m', 'kit'),
     momask_text=('clip', 'hash'))
@@ -126,6 +125,8 @@ def convert(key, value, default, where):
                         f'as in its default {default!r}.')
     if isinstance(value, str) and NOT_TEXT.search(value):
         raise UserError(f'{plain(where)}: {key} holds bytes that are no text, expected UTF-8.')
+    if value not in CHOICES.get(key, [value]):
+        raise UserError(f'{plain(where)}: {key} is {shown}, expected {", ".join(CHOICES[key])}.')
     if isinstance(value, (int, float)):
         low, high = RANGES.get(key, (-sys.float_info.max, sys.float_info.max))
         if not low <= value <= high:   # nor is NaN
@@ -191,7 +192,7 @@ def print_help(g, shared):
 def configure(g, argv=None, shared='', **choices):
     """Apply config files and --key=value overrides (argv, default the command line) to the globals
     g, and return the final settings as a dict, which checkpoints keep. shared: a file of settings
-    that several scripts have. choices: as in CHOICES, for a key whose values are this script's own.
+    that several scripts have. choices: as in CHOICES, for a key of which each script has its own.
     UserError for anything that is not understood."""
     install_error_hook()
     if shared:
@@ -212,7 +213,7 @@ def configure(g, argv=None, shared='', **choices):
         g.update(changes)
         given.update(changes)
 
-    for key, allowed in {**CHOICES, **choices}.items():
-        if key in defaults and g[key] not in allowed:
+    for key, allowed in choices.items():
+        if g[key] not in allowed:
             raise UserError(f"{key} is '{g[key]}', expected {', '.join(map(str, allowed))}.")
     return {key: g[key] for key in defaults}

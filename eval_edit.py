@@ -33,7 +33,7 @@ seed = 0
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # 'auto' | 'bfloat16' | 'float32'
-config = configure(globals(), shared='config/decoding.py')
+config = configure(globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)

@@ -49,7 +49,7 @@ eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 gen_batch = 0                # motions generated at a time; 0 is 64 on a CPU, 256 on a GPU
-config = configure(globals(), shared='config/decoding.py')
+config = configure(globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'))
 # -----------------------------------------------------------------------------
 BASE, FULL = 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)

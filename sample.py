@@ -56,7 +56,7 @@ footlock = False             # hold standing feet still: post-processing, *_foot
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-config = configure(globals(), shared='config/decoding.py')
+config = configure(globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'))
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)

@@ -25,7 +25,7 @@ import prepare_data
 import runtime
 import text
 from bvh import read_bvh
-from configurator import RANGES, UserError, configure
+from configurator import CHOICES, RANGES, UserError, configure
 from vq import RVQVAE, VQConfig, load_tokenizer
 
 SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'app', 'study',
@@ -67,8 +67,9 @@ def test_every_number_has_a_range():
             if type(value) in (int, float):
                 low, high = RANGES[key]
                 assert low <= value <= high, (script, key)
-        own = {'init_from': ('scratch', 'resume')} if script.startswith('train') else {}
-        assert configure(settings, [], **own) == settings
+        assert configure(settings, []) == settings
+        for key, value in settings.items():
+            assert value in CHOICES.get(key, [value])
 
 
 @pytest.mark.parametrize('script, argument', [

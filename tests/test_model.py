@@ -110,7 +110,7 @@ def test_official_mask_transformer(data):
     ids, c, c_valid, valid = golden_batch(g)
     assert worst(m(ids, c, c_valid, valid).mT, g['logits']) < 1e-4
     assert worst(m(ids, c * 0, c_valid, valid).mT, g['logits_uncond']) < 1e-4
-    ids2, c_valid2, valid2 = twice(ids, c_valid, valid)
+    ids2, c_valid2, valid2 = map(twice, (ids, c_valid, valid))
 
     def forward(c2):
         return m(ids2, c2, c_valid2, valid2)
@@ -125,7 +125,7 @@ def test_official_res_transformer(data):
     g = golden(data, 'res_transformer')
     m = momask.res_transformer(root(data), data, 'tres_tiny')
     ids, c, c_valid, valid = golden_batch(g)
-    ids2, c_valid2, valid2 = twice(ids, c_valid, valid)
+    ids2, c_valid2, valid2 = map(twice, (ids, c_valid, valid))
     for q in range(1, ids.shape[-1]):
         assert worst(m(ids, c, c_valid, valid, q).mT, g[f'logits_q{q}']) < 1e-4
 
