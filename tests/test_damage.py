@@ -605,18 +605,26 @@ def test_a_checkpoint_is_readable_at_every_moment(tmp_path):
     checkpoints = [{'a': torch.full((50_000,), float(i))} for i in range(2)]
     runtime.save(checkpoints[0], path)
 
-    def write(checkpoint):
-        for _ in range(40):
-            runtime.save(checkpoint, path)
+    written = [0, 0]
+    enough = threading.Event()
 
-    writers = [threading.Thread(target=write, args=(c,)) for c in checkpoints]
+    def write(i):
+        while not enough.is_set():
+            runtime.save(checkpoints[i], path)
+            written[i] += 1
+
+    writers = [threading.Thread(target=write, args=(i,)) for i in range(2)]
     for writer in writers:
         writer.start()
-    looks = 0
-    while any(writer.is_alive() for writer in writers):
-        assert len(runtime.load(path, '')['a'].unique()) == 1
-        looks += 1
-    assert looks > 20
+    try:
+        looks = 0
+        while looks < 40 or min(written) < 20:
+            assert len(runtime.load(path, '')['a'].unique()) == 1
+            looks += 1
+    finally:
+        enough.set()
+        for writer in writers:
+            writer.join()
     assert os.listdir(tmp_path) == ['x.pt']
 
 
