@@ -1,6 +1,6 @@
 """Speed and memory, the fast path beside the plain one, in one process:
 
-    python bench.py                                # CPU: SPEED.md's tables -> bench_cpu.json
+    python bench.py                                # CPU: all tables -> bench_cpu.json
     python bench.py --device=cuda --compile=True --prompts=256   # GPU, and the compiled forms
 
 `plain` is the recipe of the reference code: float32, the CLIP text tower and the tokenizer run in

@@ -309,8 +309,8 @@ def equal_lengths(lengths, size=64):
 def tokenize(tokenizer, split, path, device='cpu'):
     """Token ids of a whole split, cached at `path` (.npy): (4, total, Q) int16.
 
-    Row p holds the clips from their frame p on: (length - p) // 4 tokens each, clip i's
-    behind the sum of length // 4 of the clips before it. Four phases, because the field starts a
+    Row p holds the clips from their frame p on, (length - p) // 4 tokens each. A clip's begin where
+    the clips before it would end with length // 4 each. Four phases, because the field starts a
     clip at a random frame and a token begins every fourth.
     """
     n_tokens = split.length // FRAMES_PER_TOKEN

@@ -82,11 +82,12 @@ class Attention(nn.Module):
             self.log_temp = nn.Parameter(torch.zeros(config.n_heads, 1, 1))
 
     def forward(self, x, valid, pad, prior=None):
-        """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N): 0 or -inf, -> (B, N, d).
+        """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N) of 0 or -inf -> (B, N, d).
 
         prior: None for ordinary attention, or of fast.spread_prior: where logits are formed (z(S)
         (B, 1, N, N), its valid pairs (B, N N, 1)), else (qs, ks) (B, 1, N, .), whose product is
-        z(S)."""
+        z(S).
+        """
         B, N, d = x.shape
         a = self.alpha                                                    # Eq 14
         qkv = self.in_proj(x).view(B, N, 3, self.n_heads, d // self.n_heads)
@@ -340,8 +341,8 @@ class MaskTransformer(nn.Module):
 class LossPredictor(nn.Module):
     """HGM3's G: clean tokens and text -> what loss MaskTransformer will have on each, up to a
     monotone function (hgm3.py). The paper gives it six layers of its own; with one, a training step
-    costs 1.17 of MoMask's (SPEED.md). No dropout: it must not move the masked
-    transformer's random numbers."""
+    costs 1.17 of MoMask's (SPEED.md). No dropout: it must not move the masked transformer's random
+    numbers."""
 
     def __init__(self, config):
         super().__init__()
@@ -432,7 +433,7 @@ def layer_pattern(n_layers, draw):
     of MoMask's code, which draws 1 + round((1 - cos(pi u / 2)) (n_layers - 1)), u ~ U(0, 1)."""
     if draw == 'cycle':
         return [1 + i for i in range(n_layers)]
-    # of u, scrambled, so that small batches meet all layers
+    # quantiles of u in a scrambled order, so that small batches meet all layers
     quantiles = [(7 * i % 16 + 0.5) / 16 for i in range(16)]
     return [1 + round((1 - math.cos(math.pi * u / 2)) * (n_layers - 1)) for u in quantiles]
 

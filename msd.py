@@ -51,8 +51,8 @@ def velocity_ends(known, gap='interp'):
 
 
 def plain_spectrum(x, known, W=8, gap='interp'):
-    """Eqs 4-6 from vectors x (B, n, D), n >= 2 -> f (B, n, W). `spectrum` below, which
-    tests hold to it, takes 2.7 ms instead of 46 (B = 64, n = 49, D = 512, two cores).
+    """Eqs 4-6 from vectors x (B, n, D), n >= 2 -> f (B, n, W). `spectrum` below, which tests
+    hold to it, takes 2.7 ms instead of 46 (B = 64, n = 49, D = 512, two cores).
 
     Velocity t lies between tokens t - 1 and t. The window of token t covers velocities t - W//2 ..
     t - W//2 + W - 1, zeros beyond the ends.

@@ -39,7 +39,7 @@ DIM = 512
 FUNCTION_WORDS = set('a an the he she they it is are his her their its to on with of at in'.split())
 MOST_TOKENS = 24   # condition tokens behind the sentence; what comes later is left out
 CLAUSE_END = (r'[,.;!?]|\b(?:and|then|next|before|after that|afterwards|after|while|finally|lastly|'
-             r'first)\b')
+              r'first)\b')
 
 
 def condition(captions, encoder, text='sentence', nodes=None, cache=None, device='cpu',

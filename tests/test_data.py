@@ -555,7 +555,8 @@ def test_a_changed_file_is_refused(tmp_path):
     np.save(path, features)
     os.utime(path, ns=(0, 0))
     for _ in range(2):
-        with pytest.raises(UserError, match='train_motion.npy is not the file that .*tiny` again'):
+        with pytest.raises(UserError, match='train_motion.npy is not the file that '
+                                            '.* --out=data/tiny` again'):
             load_split(tmp_path, 'train')
         np.save(path, features[:80])   # another size
     np.save(path, features[:, :251])   # another width
@@ -579,7 +580,8 @@ def test_a_set_of_an_older_version_is_refused(tmp_path):
     meta = load_meta(tmp_path)[0]
     del meta['files']
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match='older version of this project; run .*tiny` again'):
+    with pytest.raises(UserError, match='older version of this project; '
+                                        'run .* --out=data/tiny` again'):
         load_split(tmp_path, 'train')
 
 
