@@ -57,6 +57,8 @@ STUDIES = {
         'W = 4': dict(mask_by='random', spectral_attn=True, window=4),
         'temperature': dict(mask_by='random', spectral_attn=True, fusion='temperature'),
         'Eq 13': dict(mask_by='random', spectral_attn=True, fusion='zscore'),
+        'own guess': dict(mask_by='random', spectral_attn=True, msd_attn='guess',
+                          msd_decode='guess'),
     },
     # three papers and what each adds, on the same tokens
     'papers': {
@@ -107,7 +109,8 @@ def measure(overrides, seed, folder):
     if not os.path.exists(result):
         os.makedirs(folder, exist_ok=True)
         overrides = dict(overrides)
-        decoding = {'das_sampling': overrides.pop('das_sampling', False)}
+        decoding = {'das_sampling': overrides.pop('das_sampling', False),
+                    'msd_decode': overrides.pop('msd_decode', 'kept')}
         script('train_mask.py', out_dir=folder, vq=os.path.join(trained, 'vq.pt'), seed=seed,
                overwrite=True, mask_iters=steps, eval_every=steps, **overrides)
         script('eval_t2m.py', out_dir=folder, evaluator=os.path.join(trained, 'evaluator.pt'),
