@@ -25,7 +25,7 @@ warmup = 200
 batch_size = 64
 len_iters = 1000
 dropout = 0.05               # 0.2 read the same in the first 1,000 steps
-mask_iters = 2400
+mask_iters = 4500            # learns its neighbours after 1,500: RESULTS.md
 res_iters = 3000
 eval_every = 500
 # decoding
