@@ -41,6 +41,7 @@ class ModelConfig:
     dropout: float = 0.2
     text_dim: int = 512
     graph: bool = False           # HGM3 3.3: condition tokens are nodes of a semantic graph
+    rotary: bool = False          # queries and keys are turned by their place, in every layer
     token_init: str = 'codebook'  # token embeddings start as code vectors | 'random' (MoMask)
     res_draw: str = 'cycle'       # residual layers are learned in turn | 'release': low ones more
     # DynMask 3.5, motion-aware attention (masked transformer only)
@@ -81,17 +82,19 @@ class Attention(nn.Module):
         if config.spectral_attn and config.fusion == 'temperature':
             self.log_temp = nn.Parameter(torch.zeros(config.n_heads, 1, 1))
 
-    def forward(self, x, valid, pad, prior=None):
+    def forward(self, x, valid, pad, prior=None, turn=None):
         """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N) of 0 or -inf -> (B, N, d).
 
         prior: None for ordinary attention, or of fast.spread_prior: where logits are formed (z(S)
         (B, 1, N, N), its valid pairs (B, N N, 1)), else (qs, ks) (B, 1, N, .), whose product is
-        z(S).
+        z(S). turn: None, or of `angles`, cos and sin (2, N, d / 2H) that turn queries and keys.
         """
         B, N, d = x.shape
         a = self.alpha                                                    # Eq 14
         qkv = self.in_proj(x).view(B, N, 3, self.n_heads, d // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()                 # (B, H, N, d / H)
+        if turn is not None:
+            q, k = turned(q, turn), turned(k, turn)
         q = q * self.scale
 
         if forms_logits(x):
@@ -135,8 +138,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.latent)
         self.norm2 = nn.LayerNorm(config.latent)
 
-    def forward(self, x, valid, pad, prior=None):
-        h = self.attn(x, valid, pad, prior)
+    def forward(self, x, valid, pad, prior=None, turn=None):
+        h = self.attn(x, valid, pad, prior, turn)
         x = self.norm1(x + dropout(h, self.p, self.training))
         h = F.gelu(self.linear1(x))
         h = self.linear2(dropout(h, self.p, self.training))
@@ -155,6 +158,8 @@ class Trunk(nn.Module):
         self.graph = GraphAttention(config.text_dim) if config.graph else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.register_buffer('positions', sinusoid(1024, config.latent), persistent=False)
+        turns = angles(1024, self.head_width) if config.rotary else None
+        self.register_buffer('turns', turns, persistent=False)
 
     def condition(self, c, c_valid):
         """Text c (B, m, 512), c_valid (B, m) -> front (B, m, d), front_valid (B, m) bool. The
@@ -181,8 +186,12 @@ class Trunk(nn.Module):
         pad = pad[:, None, None]                                          # (B, 1, 1, m + n)
         if prior is not None:
             prior = spread_prior(*prior, valid, x, self.head_width)
+        turn = None
+        if self.turns is not None:
+            place = torch.arange(1 - m, 1 + n, device=x.device).clamp(min=0)   # text has place 0
+            turn = self.turns[:, place]
         for layer in self.layers:
-            x = layer(x, valid, pad, prior)
+            x = layer(x, valid, pad, prior, turn)
         return x[:, m:]
 
 
@@ -202,6 +211,22 @@ def sinusoid(n, d):
     frequency = torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
     angle = torch.arange(n)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], -1).view(n, d)
+
+
+def angles(n, d):
+    """Rotary positions (RoPE, Su et al. 2021): cos and sin (2, n, d / 2) of the angles by which
+    place t turns the pairs of a head's d dimensions. q k^T then knows how far apart two tokens are.
+    Its base is 100 where theirs is 10,000: over 50 tokens the slowest pair turns by half a radian.
+    """
+    angle = torch.arange(n)[:, None] * 100.0 ** (-torch.arange(0, d, 2) / d)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def turned(x, turn):
+    """x (B, H, N, d / H), of which the pair (x_i, x_{i + d / 2H}) is turned by turn's angle i."""
+    cos, sin = turn.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def init_weights(module):

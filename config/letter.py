@@ -8,6 +8,7 @@ mask_by = 'msd'
 das_sampling = True
 text = 'sentence'
 optimizer = 'adamw'
+rotary = False
 token_init = 'random'
 msd_embed = 'learned'
 msd_attn = 'clean'

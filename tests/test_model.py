@@ -284,12 +284,23 @@ def test_vq_padding_does_not_touch_a_motion():
 # --------------------------------------------------------------------------- motion-aware attention
 
 
-def plain_attention(layer, x, valid, phi, seen, front=1):
+def plain_turned(x, place):
+    """RoPE as its paper writes it: pairs of dimensions as complex numbers, times e^(i t theta)."""
+    d = x.shape[-1]
+    theta = torch.tensor([100.0 ** (-2 * i / d) for i in range(d // 2)])
+    pairs = torch.complex(x[..., :d // 2], x[..., d // 2:])
+    pairs = pairs * torch.exp(1j * place[:, None] * theta)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+def plain_attention(layer, x, valid, phi, seen, front=1, place=None):
     """Motion-aware attention to the letter: logits, z-score, Eq 13, softmax."""
     B, N, d = x.shape
     heads = layer.n_heads
     parts = layer.in_proj(x).chunk(3, -1)
     q, k, v = (part.view(B, N, heads, d // heads).transpose(1, 2) for part in parts)
+    if place is not None:
+        q, k = plain_turned(q, place), plain_turned(k, place)
     A = q @ k.mT / (d // heads) ** 0.5
     w = msd.band_weights(phi.shape[-1])
     alpha = layer.alpha
@@ -319,9 +330,10 @@ def plain_attention(layer, x, valid, phi, seen, front=1):
 
 
 @pytest.mark.parametrize('fusion', ['zscore', 'rescaled', 'temperature'])
+@pytest.mark.parametrize('rotary', [False, True])
 @pytest.mark.parametrize('seed', range(5))
 @torch.no_grad()
-def test_motion_aware_attention_equals_plain(fusion, seed, monkeypatch):
+def test_motion_aware_attention_equals_plain(fusion, rotary, seed, monkeypatch):
     torch.manual_seed(seed)
     config = ModelConfig(**SMALL, fusion=fusion, dropout=0.0, window=6)
     layer = Attention(config, 1)
@@ -335,7 +347,9 @@ def test_motion_aware_attention_equals_plain(fusion, seed, monkeypatch):
     x = torch.randn(B, n + 1, 24) * 3
     full = F.pad(valid, (1, 0), value=True)
     pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
-    expected = plain_attention(layer, x, full, phi, seen)
+    place = torch.arange(n + 1) if rotary else None
+    turn = model.angles(n + 1, 8) if rotary else None
+    expected = plain_attention(layer, x, full, phi, seen, place=place)
     for short in (True, False):   # logits formed, and dimensions appended for the fused kernel
 
         def forms_logits(x):
@@ -345,7 +359,7 @@ def test_motion_aware_attention_equals_plain(fusion, seed, monkeypatch):
         monkeypatch.setattr(model, 'forms_logits', forms_logits)
         prior = fast.spread_prior(*msd.prior_qk(phi, seen & valid), full, x, head=8)
         assert prior[0].shape[-1] == (n + 1 if short else 8)   # z(S), or W + 2 dimensions
-        assert worst(layer(x, full, pad, prior)[full], expected[full]) < 1e-5
+        assert worst(layer(x, full, pad, prior, turn)[full], expected[full]) < 1e-5
 
 
 def losses_of_six_steps(fusion):
@@ -378,7 +392,7 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
         last['f'], last['seen'] = spectrum(self, ids)
         return last['f'], last['seen']
 
-    def forward(self, x, valid, pad, prior):
+    def forward(self, x, valid, pad, prior, turn):
         return plain_attention(self, x, valid, msd.unit(last['f']), last['seen'])
 
     monkeypatch.setattr(MaskTransformer, 'spectrum', remember)
@@ -386,6 +400,31 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
     plain_losses = losses_of_six_steps(fusion)
     assert np.abs(fast_losses - plain_losses).max() < 1e-4
     assert fast_losses[0] != fast_losses[1]
+
+
+@torch.no_grad()
+def test_rotary_logits_know_only_distance():
+    """What a query makes of a key is the same wherever the two are, as far apart; and another where
+    they are further apart. Text, whatever there is of it, has place 0."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    turn = model.angles(30, 8)
+    qs, ks = model.turned(q.expand(1, 1, 30, 8), turn), model.turned(k.expand(1, 1, 30, 8), turn)
+    A = (qs @ ks.mT)[0, 0]
+    for apart in range(-5, 6):
+        assert A.diagonal(apart).std() < 1e-5
+    assert A[0].std() > 0.1
+    assert torch.equal(model.turned(q, turn[:, :1]), q)
+
+    m = small_mask(rotary=True, spectral_attn=False).eval()
+    seen = []
+    for layer in m.trunk.layers:
+        layer.attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[-1]))
+    for pieces in (1, 4):
+        c = torch.randn(2, pieces, 512)
+        m(torch.randint(20, (2, 9)), c, torch.ones(2, pieces), first_of(9, torch.tensor([9, 5])))
+        assert torch.equal(seen[-1][:, :pieces], turn[:, :1].expand(-1, pieces, -1))
+        assert torch.equal(seen[-1][:, pieces:], turn[:, 1:10])
 
 
 # ------------------------------------------------------------------------------------- transformers
@@ -436,7 +475,7 @@ def test_all_off_is_a_plain_transformer():
 @torch.no_grad()
 def test_padding_changes_nothing(spectral):
     torch.manual_seed(1)
-    m = small_mask(spectral_attn=spectral, fusion='zscore').eval()
+    m = small_mask(spectral_attn=spectral, fusion='zscore', rotary=True).eval()
     ids = torch.randint(21, (3, 12))
     c, c_valid = texts(3)
     valid = first_of(12, [12, 5, 8])
