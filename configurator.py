@@ -39,7 +39,7 @@ RANGES = {key: (low, high) for low, high, keys in (
     (0, 6, 'vq_depth'),
     (2, 2**15, 'n_codes'),   # token ids are int16
     (1, 64, 'window'),
-    (0, 64, 'r_exp'),
+    (0, 64, 'r_exp neighbours'),
     (4, 2**16, 'window_frames frames max_tokens'),
     (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp hard_first hard_last teacher_momentum cond_drop '
            'res_cond_drop quantize_dropout anneal'),

@@ -42,6 +42,7 @@ class ModelConfig:
     text_dim: int = 512
     graph: bool = False           # HGM3 3.3: condition tokens are nodes of a semantic graph
     rotary: bool = False          # queries and keys are turned by their place, in every layer
+    neighbours: int = 0           # tokens on either side that a token's embedding reads as well
     token_init: str = 'codebook'  # token embeddings start as code vectors | 'random' (MoMask)
     res_draw: str = 'cycle'       # residual layers are learned in turn | 'release': low ones more
     # DynMask 3.5, motion-aware attention (masked transformer only)
@@ -154,6 +155,11 @@ class Trunk(nn.Module):
         self.p = config.dropout
         self.head_width = config.latent // config.n_heads
         self.embed = nn.Linear(config.code_dim, config.latent)
+        self.neighbours = config.neighbours
+        self.embed_beside = None
+        if config.neighbours:
+            width = 2 * config.neighbours * config.code_dim
+            self.embed_beside = nn.Linear(width, config.latent, bias=False)
         self.cond = nn.Linear(config.text_dim, config.latent)
         self.graph = GraphAttention(config.text_dim) if config.graph else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -178,7 +184,10 @@ class Trunk(nn.Module):
         """x (B, n, code_dim), valid (B, n); front (B, m, d), front_valid (B, m) bool: tokens that
         go before them; prior: qs, ks (B, n, W + 2) of msd.prior_qk; -> h (B, n, d)."""
         m, n = front.shape[1], x.shape[1]
-        x = self.embed(x) + self.positions[:n]
+        h = self.embed(x)
+        if self.embed_beside is not None:
+            h = h + self.embed_beside(beside(x * valid[..., None], self.neighbours))
+        x = h + self.positions[:n]
         x = dropout(x, self.p, self.training)
         x = torch.cat([front.to(x.dtype), x], 1)
         valid = torch.cat([front_valid, valid], 1)
@@ -204,6 +213,15 @@ class Head(nn.Module):
 
     def forward(self, x):
         return self.out(self.norm(F.gelu(self.dense(x))))
+
+
+def beside(x, reach):
+    """x (B, n, D) -> (B, n, 2 reach D): the tokens before and behind each, zeros past the ends."""
+    n = x.shape[1]
+    padded = F.pad(x, (0, 0, reach, reach))
+    before = [padded[:, i:i + n] for i in range(reach)]
+    behind = [padded[:, reach + i:reach + i + n] for i in range(1, reach + 1)]
+    return torch.cat(before + behind, -1)
 
 
 def sinusoid(n, d):

@@ -43,6 +43,8 @@ STUDIES = {
         'sentence': dict(text='sentence'),
         'words': dict(text='words'),
         'AdamW': dict(optimizer='adamw'),
+        'positions added': dict(rotary=False),
+        'and rotary': dict(rotary=True),
         'gap zero': dict(msd_gap='zero', mask_by='random', spectral_attn=True),
         'gap interpolated': dict(msd_gap='interp', mask_by='random', spectral_attn=True),
     },

@@ -66,6 +66,7 @@ remask = True                # 80/10/10 as BERT (MoMask Table 2); False: all cho
 res_draw = 'cycle'           # which layer a row of --stage=res learns: in turn | 'release'
 # model, MoMask's sizes
 rotary = False               # places also turn queries and keys (RoPE): RESULTS.md
+neighbours = 0               # tokens on either side that a token's embedding reads as well
 token_init = 'codebook'      # token embeddings start as code vectors | 'random' (MoMask)
 latent = 384
 n_layers = 8
@@ -152,7 +153,7 @@ else:
     shape = ModelConfig(
         n_codes=V, code_dim=tokenizer.config.code_dim, n_quantizers=Q, latent=latent,
         n_layers=n_layers, n_heads=n_heads, ff=ff, dropout=dropout, rotary=rotary,
-        token_init=token_init,
+        neighbours=neighbours, token_init=token_init,
         spectral_attn=spectral_attn and stage == 'mask', window=window, alpha0=alpha0,
         alpha_schedule=alpha_schedule, fusion=fusion, msd_embed=msd_embed, msd_gap=msd_gap,
         omega=omega, res_draw=res_draw, graph=text == 'graph')

@@ -24,9 +24,10 @@ lr = 2e-3
 warmup = 200
 batch_size = 64
 len_iters = 1000
-rotary = True                # reads neighbours three times as soon: RESULTS.md
+rotary = True                # these two read neighbours three times as soon: RESULTS.md
+neighbours = 2
 dropout = 0.05               # 0.2 read the same in the first 1,000 steps
-mask_iters = 4500
+mask_iters = 4000
 res_iters = 3000
 eval_every = 500
 # decoding

@@ -9,6 +9,7 @@ das_sampling = True
 text = 'sentence'
 optimizer = 'adamw'
 rotary = False
+neighbours = 0
 token_init = 'random'
 msd_embed = 'learned'
 msd_attn = 'clean'

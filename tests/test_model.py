@@ -475,7 +475,7 @@ def test_all_off_is_a_plain_transformer():
 @torch.no_grad()
 def test_padding_changes_nothing(spectral):
     torch.manual_seed(1)
-    m = small_mask(spectral_attn=spectral, fusion='zscore', rotary=True).eval()
+    m = small_mask(spectral_attn=spectral, fusion='zscore', rotary=True, neighbours=2).eval()
     ids = torch.randint(21, (3, 12))
     c, c_valid = texts(3)
     valid = first_of(12, [12, 5, 8])
