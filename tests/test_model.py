@@ -427,6 +427,31 @@ def test_rotary_logits_know_only_distance():
         assert torch.equal(seen[-1][:, pieces:], turn[:, 1:10])
 
 
+@torch.no_grad()
+def test_embedding_reads_neighbours():
+    """`beside` is a convolution without its middle, and before the layers a token hears of the two
+    on either side and of no others, nor of what lies behind a motion's end."""
+    torch.manual_seed(0)
+    for n in (1, 2, 7):
+        x = torch.randn(3, n, 8)
+        weight = torch.randn(5, 24, 8)   # tap, out, in
+        taps = torch.cat([weight[i] for i in (0, 1, 3, 4)], -1)
+        weight[2] = 0
+        expected = F.conv1d(x.mT, weight.permute(1, 2, 0), padding=2).mT
+        assert worst(model.beside(x, 2) @ taps.T, expected) < 1e-5
+
+    trunk = small_mask(neighbours=2, spectral_attn=False).trunk.eval()
+    trunk.layers = torch.nn.ModuleList()   # what they are given
+    x, valid = torch.randn(1, 9, 8), first_of(9, [7])
+    text = torch.zeros(1, 1, 24), torch.ones(1, 1, dtype=torch.bool)
+    before = trunk(x, valid, *text)
+    for place, reached in ((4, [2, 3, 4, 5, 6]), (0, [0, 1, 2]), (7, [])):
+        other = x.clone()
+        other[:, place] += 1
+        changed = (trunk(other, valid, *text) - before).abs().amax(-1)[0, :7]
+        assert changed.nonzero()[:, 0].tolist() == reached
+
+
 # ------------------------------------------------------------------------------------- transformers
 
 

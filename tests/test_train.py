@@ -378,8 +378,9 @@ def test_resume_continues_where_it_stopped(folder, stage):
 
 
 def test_hgm3_trains_resumes_and_samples(folder):
-    """Loss predictor and semantic graph through the same scripts; 12 steps are 6 + 6."""
-    keys = ['--mask_by=loss', '--text=graph', '--spectral_attn=False']
+    """Loss predictor, semantic graph, rotary positions and neighbours through the same scripts; 12
+    steps are 6 + 6."""
+    keys = ['--mask_by=loss', '--text=graph', '--rotary=True', '--neighbours=1']
     whole, cut = (out_dir(folder, name, 'vq.pt') for name in ('hgm3', 'hgm3_cut'))
     run(folder, *train('mask'), f'--out_dir={whole}', *keys)
     stop = folder / 'stop_hgm3.py'
