@@ -13,8 +13,8 @@ Text is c (B, m, 512), m condition tokens, the first of which speaks of the whol
 where it is hidden: hgm3.py). Token ids: 0..V-1 codes, V = [MASK], V+1 = [PAD] (residual
 transformer: V = pad).
 
-With spectral_attn off and masks chosen at random this is MoMask: official weights load (momask.py)
-and the reference code's outputs match (tests/test_model.py).
+With spectral_attn, rotary and neighbours off and masks chosen at random this is MoMask: official
+weights load (momask.py) and the reference code's outputs match (tests/test_model.py).
 """
 import math
 from dataclasses import dataclass, replace
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
         prior: None for ordinary attention, or of fast.spread_prior: where logits are formed (z(S)
         (B, 1, N, N), its valid pairs (B, N N, 1)), else (qs, ks) (B, 1, N, .), whose product is
-        z(S). turn: None, or of `angles`, cos and sin (2, N, d / 2H) that turn queries and keys.
+        z(S). turn: None, or of `turns`, cos and sin (2, N, d / 2H) that turn queries and keys.
         """
         B, N, d = x.shape
         a = self.alpha                                                    # Eq 14
@@ -164,8 +164,8 @@ class Trunk(nn.Module):
         self.graph = GraphAttention(config.text_dim) if config.graph else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.register_buffer('positions', sinusoid(1024, config.latent), persistent=False)
-        turns = angles(1024, self.head_width) if config.rotary else None
-        self.register_buffer('turns', turns, persistent=False)
+        table = turns(1024, self.head_width) if config.rotary else None
+        self.register_buffer('turns', table, persistent=False)
 
     def condition(self, c, c_valid):
         """Text c (B, m, 512), c_valid (B, m) -> front (B, m, d), front_valid (B, m) bool. The
@@ -184,10 +184,11 @@ class Trunk(nn.Module):
         """x (B, n, code_dim), valid (B, n); front (B, m, d), front_valid (B, m) bool: tokens that
         go before them; prior: qs, ks (B, n, W + 2) of msd.prior_qk; -> h (B, n, d)."""
         m, n = front.shape[1], x.shape[1]
-        h = self.embed(x)
+        embedded = self.embed(x)
         if self.embed_beside is not None:
-            h = h + self.embed_beside(beside(x * valid[..., None], self.neighbours))
-        x = h + self.positions[:n]
+            x = x * valid[..., None]   # behind a motion's end is nothing
+            embedded = embedded + self.embed_beside(beside(x, self.neighbours))
+        x = embedded + self.positions[:n]
         x = dropout(x, self.p, self.training)
         x = torch.cat([front.to(x.dtype), x], 1)
         valid = torch.cat([front_valid, valid], 1)
@@ -224,19 +225,24 @@ def beside(x, reach):
     return torch.cat(before + behind, -1)
 
 
+def angles(n, d, base):
+    """Place t times base^(-2i / d), pair i of d dimensions: (n, d / 2)."""
+    frequency = torch.exp(torch.arange(0, d, 2) * (-math.log(base) / d))
+    return torch.arange(n)[:, None] * frequency
+
+
 def sinusoid(n, d):
     """Positions (n, d): sin on even, cos on odd dimensions."""
-    frequency = torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
-    angle = torch.arange(n)[:, None] * frequency
+    angle = angles(n, d, 10000.0)
     return torch.stack([angle.sin(), angle.cos()], -1).view(n, d)
 
 
-def angles(n, d):
+def turns(n, d):
     """Rotary positions (RoPE, Su et al. 2021): cos and sin (2, n, d / 2) of the angles by which
     place t turns the pairs of a head's d dimensions. q k^T then knows how far apart two tokens are.
-    Its base is 100 where theirs is 10,000: over 50 tokens the slowest pair turns by half a radian.
+    The base is 100 where theirs is 10,000: over 50 tokens the slowest pair turns by half a radian.
     """
-    angle = torch.arange(n)[:, None] * 100.0 ** (-torch.arange(0, d, 2) / d)
+    angle = angles(n, d, 100.0)
     return torch.stack([angle.cos(), angle.sin()])
 
 

@@ -43,8 +43,6 @@ STUDIES = {
         'sentence': dict(text='sentence'),
         'words': dict(text='words'),
         'AdamW': dict(optimizer='adamw'),
-        'positions added': dict(rotary=False),
-        'and rotary': dict(rotary=True),
         'gap zero': dict(msd_gap='zero', mask_by='random', spectral_attn=True),
         'gap interpolated': dict(msd_gap='interp', mask_by='random', spectral_attn=True),
     },
@@ -61,6 +59,13 @@ STUDIES = {
         'Eq 13': dict(mask_by='random', spectral_attn=True, fusion='zscore'),
         'own guess': dict(mask_by='random', spectral_attn=True, msd_attn='guess',
                           msd_decode='guess'),
+    },
+    # how a token learns who stands beside it
+    'positions': {
+        'added': dict(rotary=False, neighbours=0),
+        'and rotary': dict(rotary=True, neighbours=0),
+        'and neighbours': dict(rotary=False, neighbours=2),
+        'both': dict(rotary=True, neighbours=2),
     },
     # three papers and what each adds, on the same tokens
     'papers': {

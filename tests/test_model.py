@@ -348,7 +348,7 @@ def test_motion_aware_attention_equals_plain(fusion, rotary, seed, monkeypatch):
     full = F.pad(valid, (1, 0), value=True)
     pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
     place = torch.arange(n + 1) if rotary else None
-    turn = model.angles(n + 1, 8) if rotary else None
+    turn = model.turns(n + 1, 8) if rotary else None
     expected = plain_attention(layer, x, full, phi, seen, place=place)
     for short in (True, False):   # logits formed, and dimensions appended for the fused kernel
 
@@ -408,7 +408,7 @@ def test_rotary_logits_know_only_distance():
     they are further apart. Text, whatever there is of it, has place 0."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    turn = model.angles(30, 8)
+    turn = model.turns(30, 8)
     qs, ks = model.turned(q.expand(1, 1, 30, 8), turn), model.turned(k.expand(1, 1, 30, 8), turn)
     A = (qs @ ks.mT)[0, 0]
     for apart in range(-5, 6):
