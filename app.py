@@ -25,7 +25,6 @@ from bvh import write_bvh
 from configurator import RANGES, UserError, configure
 from data import FRAMES_PER_TOKEN
 from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
-from fast import keep_memory
 from generate import decoding_of
 from momask import open_pipeline
 from motion import SKELETONS, features_to_joints
@@ -61,7 +60,6 @@ TEXT_STYLE = 'margin: 0.3em 0.8em; font-size: 0.85em'
 
 out_dir = out_dir or os.path.join('out', data)
 run = setup(device, dtype, seed)
-keep_memory()
 pipe = open_pipeline(config, out_dir, run.device)
 fps = pipe.meta['fps']
 skeleton = SKELETONS[pipe.meta['skeleton']]

@@ -31,7 +31,8 @@ from configurator import configure
 from generate import generate_base, generate_residual
 from hgm3 import HardTokenMining
 from hgm3 import show as show_nodes
-from model import LossPredictor, MaskTransformer, ModelConfig, ResTransformer, Trunk
+from model import (LossPredictor, MaskTransformer, ModelConfig, ResTransformer, Trunk,
+                   make_optimizers)
 from runtime import atomic_write, setup, synchronize
 from vq import RVQVAE, VQConfig
 
@@ -50,7 +51,6 @@ bench_json = ''              # '' is bench_<device>.json
 configure(globals())
 # -----------------------------------------------------------------------------
 run = setup(device, dtype, 0)
-fast.keep_memory()
 cuda = run.device != 'cpu'
 n_tokens = frames // 4
 results = {}
@@ -177,14 +177,8 @@ def encode_prompts(B, form):
 
 def training_step(model, loss, form, after=None):
     """A whole step as a function: forward, backward, clip, AdamW (or Muon); after() ends it."""
-    learn = [p for p in model.parameters() if p.requires_grad]
-    optimizers = [torch.optim.AdamW(learn, 2e-4, fused=form != 'plain')]
-    if 'Muon' in form:
-        matrices = [p for p in model.trunk.layers.parameters() if p.ndim == 2]
-        ours = {id(p) for p in matrices}
-        optimizers = [
-            torch.optim.AdamW([p for p in learn if id(p) not in ours], 2e-4, fused=True),
-            torch.optim.Muon(matrices, 2e-4, adjust_lr_fn='match_rms_adamw')]
+    name = 'muon' if 'Muon' in form else 'adamw'
+    optimizers = make_optimizers(model, name, 2e-4, fused=form != 'plain')
 
     def step():
         with precision(form):
@@ -238,12 +232,8 @@ def tokenizer_step(form):
         y, commit, *found[:] = model(windows)
         return F.smooth_l1_loss(y.float(), windows) + 0.02 * commit
 
-    step = training_step(model, loss, form)
-
-    def whole():
-        step()
-        model.update_codebooks(*found, 6, run.generator)
-    return whole
+    return training_step(model, loss, form,
+                         lambda: model.update_codebooks(*found, 6, run.generator))
 
 
 def generation(B, form):

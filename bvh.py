@@ -15,7 +15,10 @@ from runtime import read
 
 FASTEST = 2000          # frames a second; at 1 a second or fewer nobody has recorded motion
 FURTHEST = 1e7          # of any number: 100 km in centimetres
-CHANNELS = {axis + kind for axis in 'xyz' for kind in ('position', 'rotation')}
+# a joint down to its first child, an end site, or the end of a joint
+PART = re.compile(r'(?:ROOT|JOINT) (?P<name>\S+) { OFFSET (?P<offset>\S+ \S+ \S+) CHANNELS \d+ ?'
+                  r'(?P<channels>(?:[XYZ](?:position|rotation) ?)*)|'
+                  r'End \S+ { OFFSET \S+ \S+ \S+ } ?|(?P<end>} ?)', re.IGNORECASE)
 TIMING = re.compile(rb'\s*Frames:\s*(\d{1,9})\s+Frame\s+Time:\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)')
 
 
@@ -60,41 +63,25 @@ def read_bvh(file):
 
 def _read_hierarchy(file, text):
     names, parents, offsets, channels = [], [], [], []
-    joint = None      # the joint that the next brace belongs to, None for an end site
-    open_joints = []  # the same for each brace that is still open
-    words = iter(text.decode('latin-1').split()[1:])
+    above = [-1]   # the joints whose braces are open
+    text = ' '.join(text.decode('latin-1').split()[1:])
+    at = 0
     try:
-        for word in words:
-            if word in ('ROOT', 'JOINT'):
-                if None in open_joints:
-                    raise ValueError('a joint inside an end site')
-                joint = len(names)
-                names.append(next(words))
-                parents.append(open_joints[-1] if open_joints else -1)
-                offsets.append([0.0, 0.0, 0.0])
-                channels.append(())
-            elif word == 'End':
-                next(words)
-                joint = None
-            elif word == '{':
-                open_joints.append(joint)
-            elif word == '}':
-                open_joints.pop()
-            elif word == 'OFFSET':
-                offset = [float(next(words)) for _ in range(3)]
-                if open_joints[-1] is not None:
-                    offsets[open_joints[-1]] = offset
-            elif word == 'CHANNELS':
-                count = int(next(words))
-                channels[open_joints[-1]] = tuple(next(words).lower() for _ in range(count))
-            else:
-                raise ValueError(word)
-        understood = all(set(c) <= CHANNELS and len(set(c)) == len(c) for c in channels)
-        near = (np.abs(offsets) < FURTHEST).all()
-        if not names or open_joints or not understood or not near:
+        while at < len(text):
+            part = PART.match(text, at)
+            at = part.end()
+            if part['name']:
+                parents.append(above[-1])
+                above.append(len(names))
+                names.append(part['name'])
+                offsets.append([float(x) for x in part['offset'].split()])
+                channels.append(tuple(part['channels'].lower().split()))
+            elif part['end']:
+                above.pop()
+        once = all(len(set(c)) == len(c) for c in channels)
+        if not names or above != [-1] or not once or not (np.abs(offsets) < FURTHEST).all():
             raise ValueError('braces, channels or offsets')
-    # what next(), float() and the list of open joints raise on a text in another order
-    except (ValueError, StopIteration, RuntimeError, IndexError, TypeError):
+    except (ValueError, AttributeError, IndexError):   # no match, or no brace is open
         raise UserError(f'{file} has a HIERARCHY that cannot be read (after {len(names)} joints); '
                         'export it as BVH again') from None
     return names, np.array(parents), np.array(offsets), channels
@@ -148,13 +135,9 @@ def t_pose(skeleton):
     return directions
 
 
-def _products(vectors, rest):
-    """Pairs of vectors (T, K, 3) and (K, 3) -> the sum (T, 3, 3) that `_nearest_rotation` takes."""
-    return vectors.swapaxes(-1, -2) @ rest
-
-
 def _nearest_rotation(matrices):
-    """Matrices (T, 3, 3) -> the rotations with the largest sum of products with them (Kabsch)."""
+    """Sums of products of vectors with those at rest (T, 3, 3) -> the rotations that bring these
+    nearest to them (Kabsch)."""
     u, _, vt = np.linalg.svd(matrices)
     u[..., 2] *= np.linalg.det(u @ vt)[:, None]
     return u @ vt
@@ -173,7 +156,7 @@ def _rest_shape(bones, skeleton, fans):
         if len(fan) < 2:
             continue
         for _ in range(5):   # turn each frame's fan onto the mean shape so far, take the mean
-            rotation = _nearest_rotation(_products(bones[:, fan], rest[fan]))
+            rotation = _nearest_rotation(bones[:, fan].mT @ rest[fan])
             rest[fan] = unit((bones[:, fan] @ rotation).mean(0))
     return rest
 
@@ -207,12 +190,12 @@ def fit_rotations(joints, skeleton):
     for j, fan in enumerate(fans):
         aims = unit(goals[:, fan] - fitted[:, j, None])
         # the aim decides; its parent's turn only where the aim leaves it open
-        wanted = 1000 * _products(aims, rest[fan]) + 0.03 * world[:, parents[j]]
+        wanted = 1000 * (aims.mT @ rest[fan]) + 0.03 * world[:, parents[j]]
         hinge = skeleton.names[fan[0]].split('_')[-1] if len(fan) == 1 else ''
         if hinge in BENDS:
             axis = np.cross(rest[fan], BENDS[hinge])
             bend = np.cross(aims, unit(bones[:, fans[fan[0]]]))   # as long as the angle's sine
-            wanted += _products(bend * np.linalg.norm(bend, axis=-1, keepdims=True), axis)
+            wanted += (bend * np.linalg.norm(bend, axis=-1, keepdims=True)).mT @ axis
         world[:, j] = _nearest_rotation(wanted)
         fitted[:, fan] = fitted[:, j, None] + offsets[fan] @ world[:, j].swapaxes(-1, -2)
     return offsets, world, fitted

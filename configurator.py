@@ -49,7 +49,7 @@ RANGES = {key: (low, high) for low, high, keys in (
     (1e-9, 1e12, 'grad_clip'),
     (1e-4, 1e3, 'temperature res_temperature'),
     (-100, 100, 'cond_scale res_scale'),
-    (0, 1e6, 'w_position w_foot w_heading w_commit vq_reset_below vq_sample '
+    (0, 1e6, 'w_position w_rotation w_foot w_heading w_commit vq_reset_below vq_sample '
              'cfs_noise lambda_D beta sigma_max'),
 ) for key in keys.split()}
 

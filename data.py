@@ -1,6 +1,6 @@
 """A data set on disk, and batches of it. `prepare_data.py` writes data/<name>/:
 
-    meta.json              name, skeleton, fps, dim, n_joints, ...; a stamp of each big file
+    meta.json              name, skeleton, counts, ...; a stamp of each big file
     mean.npy, std.npy      (D,) float32
     <split>_motion.npy     (frames, D) float32: all clips end to end, not normalized, a memory map
     <split>_clips.npz      start, length (clips,) int64; name (clips,) text
@@ -27,23 +27,20 @@ from runtime import atomic_write, read_array, read_arrays, read_json
 LARGEST = 1e6      # no feature is larger: a kilometre, in the millimetres of KIT
 STD_FLOOR = 1e-3   # a feature that never varies is divided by this; real groups lie above 0.01
 FRAMES_PER_TOKEN = 4
-NUMBER = (int, float)
-META = dict(name=str, skeleton=str, dim=int, n_joints=int, max_frames=int, fps=NUMBER,
-            units_per_metre=NUMBER, counts=dict)   # what meta.json must hold
+META = dict(name=str, skeleton=str, max_frames=int, counts=dict)   # what meta.json must hold
 
 # ------------------------------------------------------------------------------------------ writing
 
 
-def save_split(folder, split, clips, captions):
+def save_split(folder, split, clips):
     """Write one split; returns its counts, {} (and no file) if there are no clips.
 
-    clips: any iterable of (name, features (T, D)), written as it is read, so that a large set never
-    has to fit in memory. captions: a list of dicts with clip (index), text and tokens, which may
-    still grow while clips are being read. UserError for features that are not finite.
+    clips: any iterable of (name, features (T, D), captions: dicts of text and tokens), written as
+    it is read, so that a large set never has to fit in memory. UserError for features that are not
+    finite.
     """
     path = os.path.join(folder, f'{split}_motion.npy')
-    names = []
-    lengths = []
+    names, lengths, captions = [], [], []
     dim = 0
 
     def write_header():   # numpy pads it to one size: the true number of frames goes in at the end
@@ -51,7 +48,7 @@ def save_split(folder, split, clips, captions):
         np.lib.format.write_array_header_1_0(f, header)
 
     with atomic_write(path) as f:
-        for name, features in clips:
+        for name, features, of_clip in clips:
             features = np.ascontiguousarray(features, dtype='<f4')
             if not np.isfinite(features).all():
                 raise UserError(f'{name} has NaN or infinite features: leave it out of {split}.')
@@ -59,6 +56,7 @@ def save_split(folder, split, clips, captions):
             if not names:
                 write_header()
             f.write(features.data)
+            captions += [dict(clip=len(names), **caption) for caption in of_clip]
             names.append(name)
             lengths.append(len(features))
         f.seek(0)
@@ -159,12 +157,13 @@ def load_meta(folder):
     meta = read_json(path, again)
     for key, kind in META.items():
         value = meta.get(key) if isinstance(meta, dict) else None
-        if not isinstance(value, kind) or kind not in (str, dict) and not 0 < value < 1e6:
+        if not isinstance(value, kind) or kind is int and not 0 < value < 1e6:
             raise UserError(f'{path}: {key} is {value!r:.60}; {again}')
     skeleton = SKELETONS.get(meta['skeleton'])
-    if not skeleton or (skeleton.dim, skeleton.n_joints) != (meta['dim'], meta['n_joints']):
-        raise UserError(f'{path}: {meta["dim"]} features of {meta["n_joints"]} joints are not of '
-                        f'any skeleton {meta["skeleton"]!r:.60}; {again}')
+    if not skeleton:
+        raise UserError(f'{path}: no skeleton is named {meta["skeleton"]:.60}; {again}')
+    meta |= dict(fps=skeleton.fps, dim=skeleton.dim, n_joints=skeleton.n_joints,
+                 units_per_metre=skeleton.units_per_metre)
     stats = []
     for name in ('mean', 'std'):
         path = os.path.join(folder, f'{name}.npy')

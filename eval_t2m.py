@@ -18,6 +18,7 @@ import time
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 import momask
@@ -26,7 +27,6 @@ from data import FRAMES_PER_TOKEN, Clips, by_length, equal_lengths, load_meta
 from detect import passes
 from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
                        r_precision)
-from fast import keep_memory
 from generate import Pipeline, decoding_of
 from motion import SKELETONS, features_to_joints
 from runtime import atomic_write, must_be_writable, setup
@@ -42,7 +42,7 @@ repeats = 20
 max_clips = 0                # evaluate on this many clips; 0 is all
 mm_batches = 3               # batches of 32 captions x 30 motions for MModality; 0 leaves it out
 sweep = ''                   # try decoding settings: cond_scale:1,2,3 (pick on --split=val)
-strata = False               # also Tables 5 and 6 of DynMask, and length strata
+strata = False               # also Tables 5 and 6 of DynMask
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
 # machine
@@ -56,7 +56,6 @@ out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
 decoding = decoding_of(config)
 run = setup(device, dtype, seed)
-keep_memory()
 gen_batch = gen_batch or (64 if run.device == 'cpu' else 256)
 
 # clips, model, evaluator
@@ -187,10 +186,9 @@ def strata_of(chosen, joints):
              for kind, verbs in table.items()}
     spoken = [set(re.findall('[a-z]+', captions[i]['text'].lower())) for i in chosen]
     out = {}
-    for whose, static, dynamic in (
-            ('', words['static'], words['dynamic']),
-            (' (ours)', words['static'] | words['static (ours)'],
-             words['dynamic'] | words['dynamic (ours)'])):
+    for whose in ('', ' (ours)'):
+        static = words['static'] | words['static' + whose]
+        dynamic = words['dynamic'] | words['dynamic' + whose]
         is_dynamic = np.array([bool(said & dynamic) for said in spoken])
         is_static = np.array([bool(said & static) for said in spoken]) & ~is_dynamic
         out['static' + whose] = np.flatnonzero(is_static)
@@ -198,12 +196,8 @@ def strata_of(chosen, joints):
 
     speed = np.array([np.linalg.norm(np.diff(j, axis=0), axis=-1).mean() for j in joints])
     length = np.array([len(j) for j in joints])
-    speed_and_length = speed.argsort(kind='stable').argsort() + length.argsort(
-        kind='stable').argsort()
-    for names, key in ((('simple', 'medium', 'complex'), speed_and_length),
-                       (('short', 'middle', 'long'), length)):
-        out.update(zip(names, np.array_split(key.argsort(kind='stable'), 3)))
-    return out
+    order = (rankdata(speed) + rankdata(length)).argsort(kind='stable')
+    return out | dict(zip(('simple', 'medium', 'complex'), np.array_split(order, 3)))
 
 
 def one_repeat(repeat):

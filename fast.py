@@ -4,23 +4,10 @@ and nothing here has to be understood to understand the method: read model.py fi
 Figures are of 2 virtual cores of an AMD EPYC (Zen 4: avx512_bf16, no AMX), in bfloat16, at the
 released size (64 clips, 6 heads, 50 tokens, width 384).
 """
-import ctypes
-
 import torch
 import torch.nn.functional as F
 
 import msd
-
-
-def keep_memory():
-    """glibc hands blocks over 32 MB back to the system and faults them in again: 40,000 page faults
-    in a training step, 5% of its time. Let it keep them; peak memory stays the same (1.6 GB)."""
-    mmap_threshold, trim_threshold = -3, -1
-    try:
-        for setting in (mmap_threshold, trim_threshold):
-            ctypes.CDLL(None).mallopt(setting, 2**31 - 1)
-    except (OSError, AttributeError, TypeError):
-        pass   # another system's malloc
 
 
 def dropout(x, p, training):

@@ -15,7 +15,7 @@ import torch
 import hgm3
 import msd
 from configurator import UserError
-from data import FRAMES_PER_TOKEN
+from data import FRAMES_PER_TOKEN, equal_lengths
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
 from runtime import config_from, load, load_named
@@ -35,22 +35,20 @@ def sample(logits, top_share, temperature, generator):
     return code.gather(-1, winner)[..., 0]
 
 
-def guided(forward, c, scale):
-    """Classifier-free guidance in one pass: forward(text of 2B) -> uncond + s (cond - uncond),
-    float32. MoMask Eq 5 with s + 1 written s, as its code does. No text is a zero vector."""
-    cond, uncond = forward(torch.cat([c, torch.zeros_like(c)])).float().chunk(2)
+def guided(model, scale, ids, c, c_valid, valid, **more):
+    """Classifier-free guidance in one pass: logits uncond + s (cond - uncond), float32. MoMask Eq 5
+    with s + 1 written s, as its code does. No text is a zero vector, of which only the sentence's
+    token is there."""
+    no_valid = torch.zeros_like(c_valid)
+    no_valid[:, 0] = 1
+    c = torch.cat([c, torch.zeros_like(c)])
+    logits = model(twice(ids), c, torch.cat([c_valid, no_valid]), twice(valid), **more)
+    cond, uncond = logits.float().chunk(2)
     return uncond + scale * (cond - uncond)
 
 
 def twice(x):
     return torch.cat([x, x])
-
-
-def with_no_text(c_valid):
-    """c_valid (B, m) -> (2B, m) for guidance: without text only the sentence's token is there."""
-    nothing = torch.zeros_like(c_valid)
-    nothing[:, 0] = 1
-    return torch.cat([c_valid, nothing])
 
 
 # -------------------------------------------------------------------------------------- base tokens
@@ -67,25 +65,15 @@ def decoding_of(config):
 @torch.no_grad()
 def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
                   temperature=1.0, anneal=0.0, das_sampling=False, lambda_D=0.5, beta=0.5,
-                  sigma_max=0.5, msd_decode='kept', motion_steps=2, action_steps=5, width=None,
-                  generator=None):
+                  sigma_max=0.5, msd_decode='kept', motion_steps=2, action_steps=5, generator=None):
     """Algorithm 2. c (B, m, 512), c_valid (B, m), n (B,) tokens wanted -> ids (B, N), [PAD] behind
-    each end. N is the longest n, or width (which spares a compiled model a new graph per length).
+    each end, where N is the longest n. known (B, N): tokens that are given and never masked, -1
+    where one is wanted. All other settings: config/decoding.py.
 
     Every step predicts all masked tokens, then hides the least confident again, fewer each time.
-
-    known (B, N)  tokens that are given and never masked; -1 where one is wanted
-    top_share     share of the codes that a token is drawn from
-    temperature   T_global of Eq 18; anneal lowers it step by step, nearly by that share
-    das_sampling  complexity-aware decoding, Eqs 15-21 with lambda_D, beta, sigma_max; False:
-                  one temperature, as in MoMask
-    msd_decode    MSD of the 'kept' tokens, or of the current full 'guess' (kept + last predictions)
-    motion_steps  HGM3 3.4, where text is a graph: before this step it is conditioned on the motion
-    action_steps  node, before this one on actions too, then on everything
-
     Nothing waits for a GPU inside the loop.
     """
-    valid = torch.arange(width or int(n.max()), device=c.device) < n[:, None]
+    valid = torch.arange(int(n.max()), device=c.device) < n[:, None]
     wanted = valid
     ids = torch.where(valid, model.MASK, model.PAD)
     if known is not None:
@@ -94,9 +82,7 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
     n_wanted = wanted.sum(1)
     guess = ids
     score = torch.zeros(valid.shape, device=c.device)
-    c_valid2 = with_no_text(c_valid)
-    valid2 = twice(valid)
-    has_graph = model.config.graph
+    shown = c_valid
 
     for step in range(steps):
         share = math.cos(math.pi / 2 * step / max(steps - 1, 1))         # 1 -> 0
@@ -109,15 +95,11 @@ def generate_base(model, c, c_valid, n, known=None, steps=10, cond_scale=4.0, to
             f, seen = model.spectrum(guess if msd_decode == 'guess' else ids)
         if model.config.spectral_attn:
             described = twice(f), twice(seen)
-        ids2 = twice(ids)
-        if has_graph:                                                    # HGM3 Eq 14
+        if model.config.graph:                                           # HGM3 Eq 14
             shown = hgm3.show(c_valid, hgm3.level(step, motion_steps, action_steps))
-            c_valid2 = with_no_text(shown)
 
-        def forward(c2):
-            return model(ids2, c2, c_valid2, valid2, described=described)
-
-        log_p = guided(forward, c, cond_scale).log_softmax(-1)           # (B, N, V)
+        logits = guided(model, cond_scale, ids, c, shown, valid, described=described)
+        log_p = logits.log_softmax(-1)                                   # (B, N, V)
         T = temperature * (1 - anneal * step / steps)
         if das_sampling:
             p_max = log_p.amax(-1).exp()
@@ -147,17 +129,10 @@ def generate_residual(model, ids, c, c_valid, n, known=None, n_layers=-1, cond_s
     known (B, N, Q): tokens that are given, -1 where one is wanted."""
     V, Q = model.config.n_codes, model.config.n_quantizers
     valid = torch.arange(ids.shape[1], device=ids.device) < n[:, None]
-    c_valid2 = with_no_text(c_valid)
-    valid2 = twice(valid)
     layers = ids[..., None].clamp(max=V).repeat(1, 1, Q)   # [PAD] is V + 1 there, V here
     n_layers = Q - 1 if n_layers < 0 else n_layers
     for q in range(1, 1 + n_layers):
-        layers2 = twice(layers)
-
-        def forward(c2):
-            return model(layers2, c2, c_valid2, valid2, q)
-
-        logits = guided(forward, c, cond_scale)[..., :V]                 # never [PAD]
+        logits = guided(model, cond_scale, layers, c, c_valid, valid, q=q)[..., :V]   # never [PAD]
         drawn = sample(logits, top_share, temperature, generator)
         layers[..., q] = drawn if known is None else torch.where(known[..., q] < 0, drawn,
                                                                  known[..., q])
@@ -216,9 +191,8 @@ class Pipeline:
         one is wanted. decoding: see generate_base."""
         c, c_valid, n = c.to(self.device), c_valid.to(self.device), n.to(self.device)
         g = self.generator(seed)
-        width = self.n_max if c.is_cuda and known is None else None
         base = None if known is None else known[..., 0]
-        ids = generate_base(self.mask, c, c_valid, n, base, width=width, generator=g, **decoding)
+        ids = generate_base(self.mask, c, c_valid, n, base, generator=g, **decoding)
         if self.res is None:
             return ids.clamp(max=self.mask.MASK - 1)[..., None]
         available = self.res.config.n_quantizers - 1
@@ -282,9 +256,14 @@ class Pipeline:
         return ids
 
     def features(self, ids, n):
-        """ids (B, N, q), n (B,) -> un-normalized features, a list of B arrays (4 n_i, D)."""
-        motion = self.vq.denormalize(self.vq.decode_padded(ids, n.to(self.device))).cpu().numpy()
-        return [m[:FRAMES_PER_TOKEN * int(k)] for m, k in zip(motion, n)]
+        """ids (B, N, q), n (B,) -> un-normalized features, a list of B arrays (4 n_i, D). Motions
+        of one length are decoded together: none is touched by what stands behind its end."""
+        out = [None] * len(ids)
+        for rows in equal_lengths(n.cpu()):
+            motion = self.vq.decode(ids[rows, :n[rows[0]]]).float()
+            for i, features in zip(rows, self.vq.denormalize(motion).cpu().numpy()):
+                out[i] = features
+        return out
 
 
 def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):

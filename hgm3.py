@@ -82,6 +82,8 @@ class HardTokenMining(nn.Module):
 
 # ----------------------------------------------------------------------------- 3.3 semantic graph
 
+# PropBank's semantic roles: ARG0 to ARG4 who does what to whom, with what, from and to where; then
+# where, how, when, which way, adverbs
 EDGES = ('ARG0', 'ARG1', 'ARG2', 'ARG3', 'ARG4', 'LOC', 'MNR', 'TMP', 'DIR', 'ADV', 'OTHERS',
          'MA')   # between the motion and an action
 MOTION, ACTION, FIRST_EDGE = 1, 2, 3

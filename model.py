@@ -83,19 +83,19 @@ class Attention(nn.Module):
         if config.spectral_attn and config.fusion == 'temperature':
             self.log_temp = nn.Parameter(torch.zeros(config.n_heads, 1, 1))
 
-    def forward(self, x, valid, pad, prior=None, turn=None):
+    def forward(self, x, valid, pad, prior=None, rotary=None):
         """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N) of 0 or -inf -> (B, N, d).
 
         prior: None for ordinary attention, or of fast.spread_prior: where logits are formed (z(S)
         (B, 1, N, N), its valid pairs (B, N N, 1)), else (qs, ks) (B, 1, N, .), whose product is
-        z(S). turn: None, or of `turns`, cos and sin (2, N, d / 2H) that turn queries and keys.
+        z(S). rotary: None, or rows of `rotary_table` (2, N, d / 2H), that turn queries and keys.
         """
         B, N, d = x.shape
         a = self.alpha                                                    # Eq 14
         qkv = self.in_proj(x).view(B, N, 3, self.n_heads, d // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()                 # (B, H, N, d / H)
-        if turn is not None:
-            q, k = turned(q, turn), turned(k, turn)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         q = q * self.scale
 
         if forms_logits(x):
@@ -139,8 +139,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.latent)
         self.norm2 = nn.LayerNorm(config.latent)
 
-    def forward(self, x, valid, pad, prior=None, turn=None):
-        h = self.attn(x, valid, pad, prior, turn)
+    def forward(self, x, valid, pad, prior=None, rotary=None):
+        h = self.attn(x, valid, pad, prior, rotary)
         x = self.norm1(x + dropout(h, self.p, self.training))
         h = F.gelu(self.linear1(x))
         h = self.linear2(dropout(h, self.p, self.training))
@@ -155,17 +155,17 @@ class Trunk(nn.Module):
         self.p = config.dropout
         self.head_width = config.latent // config.n_heads
         self.embed = nn.Linear(config.code_dim, config.latent)
-        self.neighbours = config.neighbours
         self.embed_beside = None
         if config.neighbours:
-            width = 2 * config.neighbours * config.code_dim
-            self.embed_beside = nn.Linear(width, config.latent, bias=False)
+            r = config.neighbours
+            self.embed_beside = nn.Conv1d(config.code_dim, config.latent, 2 * r + 1, padding=r,
+                                          bias=False)
         self.cond = nn.Linear(config.text_dim, config.latent)
         self.graph = GraphAttention(config.text_dim) if config.graph else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.register_buffer('positions', sinusoid(1024, config.latent), persistent=False)
-        table = turns(1024, self.head_width) if config.rotary else None
-        self.register_buffer('turns', table, persistent=False)
+        table = rotary_table(1024, self.head_width) if config.rotary else None
+        self.register_buffer('rotary', table, persistent=False)
 
     def condition(self, c, c_valid):
         """Text c (B, m, 512), c_valid (B, m) -> front (B, m, d), front_valid (B, m) bool. The
@@ -187,7 +187,7 @@ class Trunk(nn.Module):
         embedded = self.embed(x)
         if self.embed_beside is not None:
             x = x * valid[..., None]   # behind a motion's end is nothing
-            embedded = embedded + self.embed_beside(beside(x, self.neighbours))
+            embedded = embedded + self.embed_beside(x.mT).mT
         x = embedded + self.positions[:n]
         x = dropout(x, self.p, self.training)
         x = torch.cat([front.to(x.dtype), x], 1)
@@ -196,12 +196,12 @@ class Trunk(nn.Module):
         pad = pad[:, None, None]                                          # (B, 1, 1, m + n)
         if prior is not None:
             prior = spread_prior(*prior, valid, x, self.head_width)
-        turn = None
-        if self.turns is not None:
+        rotary = None
+        if self.rotary is not None:
             place = torch.arange(1 - m, 1 + n, device=x.device).clamp(min=0)   # text has place 0
-            turn = self.turns[:, place]
+            rotary = self.rotary[:, place]
         for layer in self.layers:
-            x = layer(x, valid, pad, prior, turn)
+            x = layer(x, valid, pad, prior, rotary)
         return x[:, m:]
 
 
@@ -216,15 +216,6 @@ class Head(nn.Module):
         return self.out(self.norm(F.gelu(self.dense(x))))
 
 
-def beside(x, reach):
-    """x (B, n, D) -> (B, n, 2 reach D): the tokens before and behind each, zeros past the ends."""
-    n = x.shape[1]
-    padded = F.pad(x, (0, 0, reach, reach))
-    before = [padded[:, i:i + n] for i in range(reach)]
-    behind = [padded[:, reach + i:reach + i + n] for i in range(1, reach + 1)]
-    return torch.cat(before + behind, -1)
-
-
 def angles(n, d, base):
     """Place t times base^(-2i / d), pair i of d dimensions: (n, d / 2)."""
     frequency = torch.exp(torch.arange(0, d, 2) * (-math.log(base) / d))
@@ -237,7 +228,7 @@ def sinusoid(n, d):
     return torch.stack([angle.sin(), angle.cos()], -1).view(n, d)
 
 
-def turns(n, d):
+def rotary_table(n, d):
     """Rotary positions (RoPE, Su et al. 2021): cos and sin (2, n, d / 2) of the angles by which
     place t turns the pairs of a head's d dimensions. q k^T then knows how far apart two tokens are.
     The base is 100 where theirs is 10,000: over 50 tokens the slowest pair turns by half a radian.
@@ -246,15 +237,15 @@ def turns(n, d):
     return torch.stack([angle.cos(), angle.sin()])
 
 
-def turned(x, turn):
-    """x (B, H, N, d / H), of which the pair (x_i, x_{i + d / 2H}) is turned by turn's angle i."""
-    cos, sin = turn.to(x.dtype)
+def rotate(x, table):
+    """x (B, H, N, d / H), of which the pair (x_i, x_{i + d / 2H}) is turned by the angle i."""
+    cos, sin = table.to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def init_weights(module):
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -422,12 +413,12 @@ class ResTransformer(nn.Module):
         super().__init__()
         self.config = config
 
-        def tables(count):   # (count, V + 1, code_dim); the last code is padding
+        def codes(count):   # (count, V + 1, code_dim); the last code is padding
             return nn.Parameter(torch.randn(count, config.n_codes + 1, config.code_dim) * 0.02)
 
-        self.first = tables(1)                           # embeds the base layer
-        self.shared = tables(config.n_quantizers - 2)    # project and embed layers 1..Q-2
-        self.last = tables(1)                            # projects layer Q-1
+        self.first = codes(1)                           # embeds the base layer
+        self.shared = codes(config.n_quantizers - 2)    # project and embed layers 1..Q-2
+        self.last = codes(1)                            # projects layer Q-1
         self.layer_emb = nn.Linear(config.n_quantizers, config.latent)   # of the one-hot layer
         self.trunk = Trunk(config)
         self.head = Head(config.latent, config.code_dim)
@@ -511,3 +502,22 @@ class LengthEstimator(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits, targets)
+
+
+# --------------------------------------------------------------------------------------- optimizers
+
+
+def make_optimizers(learner, name, lr, weight_decay=0.0, fused=True):
+    """AdamW for everything, or ('muon') Muon for the matrices of the trunk's layers, whose step has
+    AdamW's size (match_rms_adamw), so that both take the same learning rate."""
+    matrices, others = [], []
+    for tensor, p in learner.named_parameters():
+        if p.requires_grad:
+            by_muon = name == 'muon' and 'trunk.layers.' in tensor and p.ndim == 2
+            (matrices if by_muon else others).append(p)
+    made = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+                              fused=fused)]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr, weight_decay=weight_decay,
+                                     adjust_lr_fn='match_rms_adamw'))
+    return made

@@ -16,6 +16,7 @@ statistics are tied to them.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.ndimage import gaussian_filter1d
 
 
@@ -270,8 +271,7 @@ def features_to_joints(features, n_joints):
     velocities are not used, as in the field. Computed in float64 on the host. ValueError for a
     wrong width.
     """
-    if not isinstance(features, np.ndarray):
-        import torch  # only when a tensor comes in: data preparation does without its start-up time
+    if isinstance(features, torch.Tensor):
         joints = features_to_joints(features.detach().cpu().double().numpy(), n_joints)
         return torch.from_numpy(joints).to(features)
     dim = 12 * n_joints - 1

@@ -38,13 +38,13 @@ def velocity_ends(known, gap='interp'):
     """
     n = known.shape[1]
     t = torch.arange(n, device=known.device).clamp(min=1).expand(known.shape)   # v_1 = v_2
-    before, after = t - 1, t
+    before, after = t - 1, t.clamp(max=n - 1)   # of one token alone both are that one
     if gap == 'interp':
         place = torch.arange(n, device=known.device)
         latest = torch.where(known, place, -1).cummax(1).values
         soonest = torch.where(known, place, n).flip(1).cummin(1).values.flip(1)
         before, after = latest.gather(1, before), soonest.gather(1, after)
-    inside = (before >= 0) & (after < n)
+    inside = (before >= 0) & (before < after) & (after < n)
     before, after = before.clamp(min=0), after.clamp(max=n - 1)
     v_known = inside & known.gather(1, before) & known.gather(1, after)
     return before, after, v_known
@@ -97,7 +97,7 @@ def velocity_products(ids, G, known, lags, gap='interp'):
     """v_t . v_{t+d} for d = 0 .. lags - 1, from token ids alone.
 
     v is a difference of code vectors (Eq 4) times a scalar, so a product of two is four look-ups in
-    G. ids (B, n) int, n >= 2; G (V, V) from gram(); known (B, n) bool. Returns products
+    G. ids (B, n) int, G (V, V) from gram(); known (B, n) bool. Returns products
     (B, n, lags), exactly 0 where a pose is held or an end is unknown, and v_known (B, n) bool.
     """
     ids = torch.where(known, ids, 0)
@@ -137,8 +137,6 @@ def spectrum(ids, G, known, W=8, gap='interp'):
     ids (B, n) int, anything where not known (B, n); G (V, V). Returns f (B, n, W), 0 where nothing
     moves, and seen (B, n) bool: does the window hold a known velocity?
     """
-    if ids.shape[1] < 2:   # no velocity exists
-        return torch.zeros(*ids.shape, W, device=ids.device), torch.zeros_like(known)
     ends = (W // 2, W - 1 - W // 2)
     products, v_known = velocity_products(ids, G, known, W, gap)
     products = F.pad(products.transpose(1, 2), ends)                     # (B, lags, n + W - 1)
@@ -150,8 +148,6 @@ def spectrum(ids, G, known, W=8, gap='interp'):
 
 def speed(ids, G, known):
     """|v_t| of Eq 4 (B, n): the plainer signal of Table 3 that MSD is compared with."""
-    if ids.shape[1] < 2:
-        return torch.zeros(ids.shape, device=ids.device)
     products, _ = velocity_products(ids, G, known, lags=1)
     return products[..., 0].clamp(min=0).sqrt()
 

@@ -11,11 +11,9 @@ Every source hands (name, features (T, D), captions) of its clips to `write_data
 a list of dicts of text and tokens. A clip that cannot be used is a UserError inside `skipping`.
 """
 import argparse
-import bz2
 import contextlib
 import csv
 import functools
-import gzip
 import hashlib
 import json
 import lzma
@@ -24,7 +22,6 @@ import os
 import re
 import tarfile
 import tempfile
-import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from itertools import pairwise
@@ -36,8 +33,9 @@ from tqdm import tqdm
 import toy
 from bvh import FASTEST, bvh_to_joints, read_bvh
 from configurator import HERE, NOT_TEXT, UserError, install_error_hook
-from data import FRAMES_PER_TOKEN, LARGEST, mean_std, save_meta, save_split
-from foreign import own_joints, read_joint_names, unit, unit_and_up, upright
+from data import LARGEST, mean_std, save_meta, save_split
+from foreign import (JOINT_NAMES, own_joints, place_joints, read_joint_names, unit, unit_and_up,
+                     upright)
 from motion import SKELETONS, joints_to_features, mirror, resample
 from runtime import read, read_array, read_json, read_text
 
@@ -84,8 +82,7 @@ def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **
     skeleton = SKELETONS[skeleton_key]
     counts = {}
     for split, clips in splits.items():
-        captions = []
-        count = save_split(folder, split, without_captions(clips, captions), captions)
+        count = save_split(folder, split, clips)
         if count:
             counts[split] = count
     for reason, n in sorted(Counter(skipped).items()):
@@ -96,23 +93,12 @@ def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **
     if stats is None:
         features = np.load(Path(folder, 'train_motion.npy'), mmap_mode='r')
         stats = mean_std(features, skeleton.n_joints)
-    meta = dict(
-        name=name, skeleton=skeleton_key, fps=skeleton.fps, dim=skeleton.dim,
-        n_joints=skeleton.n_joints, unit_length=FRAMES_PER_TOKEN,
-        min_frames=skeleton.min_frames, max_frames=MAX_FRAMES,
-        contact_threshold=skeleton.contact_threshold, units_per_metre=skeleton.units_per_metre,
-        steady=False, counts=counts, skipped=dict(skipped))
+    meta = dict(name=name, skeleton=skeleton_key, max_frames=MAX_FRAMES, steady=False,
+                contact_threshold=skeleton.contact_threshold, counts=counts, skipped=dict(skipped))
     save_meta(folder, {**meta, **how}, *stats)
     for split, count in counts.items():
         print(f'{split:5s} {count["clips"]:6,} clips  {count["frames"]:9,} frames  '
               f'{count["captions"]:7,} captions')
-
-
-def without_captions(clips, captions):
-    """Yield (name, features) of clips; their captions go to a list, each with its clip's number."""
-    for number, (name, features, of_clip) in enumerate(clips):
-        captions += [dict(clip=number, **caption) for caption in of_clip]
-        yield name, features
 
 
 def in_parallel(work, jobs, title, ahead=64):
@@ -162,10 +148,7 @@ def prepare_toy(folder, sizes=TOY_SIZES):
 PHRASES = json.loads(Path(HERE, 'config', 'bandai_captions.json').read_text(encoding='utf-8'))
 
 BANDAI_FILE = re.compile(r'dataset-\d_(.+)_([^_]+)_\d+\.bvh')   # its content and its style
-BANDAI_JOINTS = (   # in the order of SMPL's; spine2 lies midway between Spine and Chest
-    'Hips UpperLeg_L UpperLeg_R Spine LowerLeg_L LowerLeg_R Spine Foot_L Foot_R Chest Toes_L '
-    'Toes_R Neck Shoulder_L Shoulder_R Head UpperArm_L UpperArm_R LowerArm_L LowerArm_R Hand_L '
-    'Hand_R').split()
+BANDAI_JOINTS = {'Bandai-Namco': JOINT_NAMES['Bandai-Namco']}
 
 
 def swap_sides(text):
@@ -194,43 +177,22 @@ def bandai_captions(content, style):
     return captions
 
 
-class StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged header, but the first, for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, archive):
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f'damaged: {error}') from None
-
-
 def bandai_files(src):
-    """Yield (name, bytes) of each clip of a folder or an archive, which is read as a stream and to
-    its end, where the checksum of the compressed ones stands. What is named like a clip but is a
-    folder, a link or a pipe has no bytes."""
+    """Yield (name, bytes) of each clip of a folder or of a .tar.xz, which is read as a stream and
+    to its end, where its checksum stands."""
     if Path(src).is_dir():
         for path in sorted(Path(src).rglob('*.bvh')):
-            if BANDAI_FILE.fullmatch(path.name):
-                yield str(path), path.read_bytes() if path.is_file() else b''
+            if BANDAI_FILE.fullmatch(path.name) and path.is_file():
+                yield str(path), path.read_bytes()
         return
     try:
-        if not Path(src).is_file():
-            raise ValueError('there is no such file')
-        with open(src, 'rb') as file:
-            begins = file.read(2)
-        unpack = {b'\x1f\x8b': gzip.open, b'BZ': bz2.open, b'\xfd7': lzma.open}.get(begins, open)
-        with unpack(src, 'rb') as stream:
-            with tarfile.open(fileobj=stream, mode='r|', tarinfo=StrictHeader) as archive:
-                for member in archive:
-                    if BANDAI_FILE.fullmatch(Path(member.name).name):
-                        file = archive.extractfile(member) if member.isfile() else None
-                        yield member.name, file.read() if file else b''
+        with lzma.open(src) as stream, tarfile.open(fileobj=stream, mode='r|') as archive:
+            for member in archive:
+                if BANDAI_FILE.fullmatch(Path(member.name).name) and member.isfile():
+                    yield member.name, archive.extractfile(member).read()
             while stream.read(2**20):
                 pass
-    except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError) as error:
         raise UserError(f'{src} cannot be read as a .tar.xz ({error}): clone github.com/BandaiNamco'
                         'ResearchInc/Bandai-Namco-Research-Motiondataset and give that folder, or '
                         'get the archive again') from None
@@ -239,60 +201,52 @@ def bandai_files(src):
 def bandai_joints(file):
     """A BVH file of this skeleton, (name, bytes) -> SMPL joints (T, 22, 3), metres, 20 fps."""
     names, parents, offsets, channels, frames, fps = read_bvh(file)
-    missing = sorted(set(BANDAI_JOINTS) - set(names))
-    if missing:
-        raise UserError(f'{file[0]} has another skeleton ({len(names)} joints, without '
-                        f'{", ".join(missing[:3])}): rename its joints to those of Bandai-Namco')
     world = bvh_to_joints(parents, offsets, channels, frames) / 100   # from centimetres
-    joints = world[:, [names.index(name) for name in BANDAI_JOINTS]]
-    spine1, spine2, spine3 = (SMPL.names.index(f'spine{i}') for i in (1, 2, 3))
-    joints[:, spine2] = (joints[:, spine1] + joints[:, spine3]) / 2
+    joints, _ = place_joints(world, names, BANDAI_JOINTS)
     return resample(joints, fps, SMPL.fps)
 
 
-def cut(bodies):
-    """[(name, joints (T, 22, 3), captions)] of one motion -> clips, long motion in equal pieces."""
-    clips = []
-    frames = len(bodies[0][1]) - 1   # the features use up one
+def cut(name, joints, captions):
+    """Joints (T, 22, 3) of a motion and its captions -> [(clip, its mirror image)], of long motion
+    equal pieces. A mirror image is named 'M' + name; UserError where the motion is too short."""
+    frames = len(joints) - 1   # the features use up one
+    if frames < SMPL.min_frames:
+        raise UserError(f'shorter than {SMPL.min_frames} frames')
+    swapped = [{key: swap_sides(text) for key, text in c.items()} for c in captions]
+    pairs = []
     edges = np.linspace(0, frames, math.ceil(frames / MAX_FRAMES) + 1).astype(int)
     for number, (first, last) in enumerate(pairwise(edges)):
         suffix = f'-{number}' if frames > MAX_FRAMES else ''
-        for name, body, captions in bodies:
-            piece = body[first:last + 1]   # one frame more, for the last velocity
-            features = joints_to_features(piece, SMPL, steady=True).astype(np.float32)
-            clips.append((name + suffix, features, captions))
-    return clips
+        piece = joints[first:last + 1]   # one frame more, for the last velocity
+        pair = []
+        for mark, body, texts in ('', piece, captions), ('M', mirror(piece, SMPL), swapped):
+            features = joints_to_features(body, SMPL, steady=True).astype(np.float32)
+            pair.append((mark + name + suffix, features, texts))
+        pairs.append(pair)
+    return pairs
 
 
 def bandai_clips(file):
-    """(path, bytes) -> split, list of clips, Counter of reasons why there are none.
-
-    The split hangs on a hash of the name: the same for everybody, whatever else is there. Longer
-    motion is cut into equal pieces; in the training split each has its mirror image beside it.
-    """
+    """(path, bytes) -> split, [(clip, its mirror image)], Counter of reasons why there are none.
+    The split hangs on a hash of the name: the same for everybody, whatever else is there."""
     path = Path(file[0])
     percent = int(hashlib.md5(path.stem.encode()).hexdigest(), 16) % 100
     split = 'train' if percent < 85 else 'val' if percent < 90 else 'test'
     content, style = BANDAI_FILE.fullmatch(path.name).groups()
-    clips, skipped = [], Counter()
+    pairs, skipped = [], Counter()
     with skipping(skipped):
-        joints = bandai_joints(file)
-        if len(joints) <= SMPL.min_frames:   # the features use up one
-            raise UserError(f'shorter than {SMPL.min_frames} frames')
-        bodies = [(path.stem, joints, bandai_captions(content, style))]
-        if split == 'train':
-            captions = bandai_captions(swap_sides(content), style)
-            bodies.append(('M' + path.stem, mirror(joints, SMPL), captions))
-        clips = cut(bodies)
-    return split, clips, skipped
+        pairs = cut(path.stem, bandai_joints(file), bandai_captions(content, style))
+    return split, pairs, skipped
 
 
 def prepare_bandai(folder, src):
-    """Bandai-Namco-Research-Motiondataset 1 and 2. A mirror image is named 'M' + name."""
+    """Bandai-Namco-Research-Motiondataset 1 and 2. Training clips have their mirror images beside
+    them."""
     splits = {split: [] for split in SPLITS}
     skipped = Counter()
-    for split, clips, reasons in in_parallel(bandai_clips, bandai_files(src), 'bandai'):
-        splits[split] += clips
+    for split, pairs, reasons in in_parallel(bandai_clips, bandai_files(src), 'bandai'):
+        for clip, mirrored in pairs:
+            splits[split] += [clip, mirrored] if split == 'train' else [clip]
         skipped += reasons
     write_dataset(folder, 'bandai', 'smpl22', splits, skipped, steady=True)
 
@@ -493,20 +447,15 @@ def prepare_babel(folder, src):
 
 
 def own_clips(job, maps, fps, metres, up):
-    """(path, name, captions) -> clips, those of the mirror image, how the joints were found, and a
+    """(path, name, captions) -> [(clip, its mirror image)], how the joints were found, and a
     Counter of reasons why there are none."""
     path, name, texts = job
-    clips, mirrored, how, skipped = [], [], '', Counter()
+    pairs, how, skipped = [], '', Counter()
     with skipping(skipped):
         joints, fps, how = own_joints(path, maps, fps)
         joints = resample(upright(joints, up) * metres, fps, SMPL.fps)
-        if len(joints) <= SMPL.min_frames:   # the features use up one
-            raise UserError(f'shorter than {SMPL.min_frames} frames')
-        captions = [dict(text=text, tokens=simple_tags(text)) for text in texts]
-        swapped = [{key: swap_sides(c[key]) for key in c} for c in captions]
-        clips = cut([(name, joints, captions)])
-        mirrored = cut([('M' + name, mirror(joints, SMPL), swapped)])
-    return clips, mirrored, how, skipped
+        pairs = cut(name, joints, [dict(text=text, tokens=simple_tags(text)) for text in texts])
+    return pairs, how, skipped
 
 
 def read_table(path, skipped):
@@ -564,14 +513,14 @@ def prepare_folder(folder, name, args):
 
     usable, hows = [], Counter()
     work = functools.partial(own_clips, maps=maps, fps=fps, metres=metres, up=up)
-    for clips, mirrored, how, reasons in in_parallel(work, jobs, name):
+    for pairs, how, reasons in in_parallel(work, jobs, name):
         skipped += reasons
-        if clips:
-            usable.append((clips, mirrored))
+        if pairs:
+            usable.append(pairs)
             hows[how] += 1
     for how, n in hows.items():
         print(f'{n:,} files: {how}')
-    silent = sum(not clips[0][2] for clips, _ in usable)
+    silent = sum(not pairs[0][0][2] for pairs in usable)
     if silent:
         print(f'{silent:,} files have no caption: only the tokenizer learns from them')
     if len(usable) < len(SPLITS) or silent == len(usable):
@@ -579,13 +528,13 @@ def prepare_folder(folder, name, args):
         raise UserError(f'{src} has {len(usable)} usable files, {silent} of them without a '
                         f'caption, expected 3 or more, with captions{often}')
 
-    usable.sort(key=lambda file: hashlib.md5(file[0][0][0].encode()).hexdigest())
+    usable.sort(key=lambda pairs: hashlib.md5(pairs[0][0][0].encode()).hexdigest())
     first_val = math.ceil(0.1 * len(usable))
     first_train = first_val + math.ceil(0.05 * len(usable))
     splits = {
-        'train': sum((clips + mirrored for clips, mirrored in usable[first_train:]), []),
-        'val': sum((clips for clips, _ in usable[first_val:first_train]), []),
-        'test': sum((clips for clips, _ in usable[:first_val]), [])}
+        'train': [clip for pairs in usable[first_train:] for pair in pairs for clip in pair],
+        'val': [clip for pairs in usable[first_val:first_train] for clip, _ in pairs],
+        'test': [clip for pairs in usable[:first_val] for clip, _ in pairs]}
     write_dataset(folder, name, 'smpl22', splits, skipped, steady=True)
 
 

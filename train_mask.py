@@ -13,7 +13,6 @@ import math
 import os
 import random
 import time
-import warnings
 from dataclasses import asdict
 
 import torch
@@ -24,9 +23,9 @@ import hgm3
 from configurator import UserError, configure
 from data import (FRAMES_PER_TOKEN, Tokens, by_length, fingerprint, load_meta, load_split,
                   tokenize)
-from fast import keep_memory
 from hgm3 import HardTokenMining, hard_share, show
-from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
+from model import (LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer,
+                   make_optimizers)
 from runtime import Losses, count_flops, leave, load_named, lr_at, open_run, save, setup
 from text import encode
 from vq import load_tokenizer
@@ -58,8 +57,8 @@ cfs_noise = 1.0              # Gumbel noise on the scores; 0 is the letter: one 
 cfs_share = 1.0              # share of the clips that (II) masks, the others at random
 cfs_ramp = 0.0               # it grows up to that over this share of the steps
 r_exp = 0                    # 3.4's expansion radius, tokens
-# HGM3: --text=graph and --mask_by=loss
-hard_first = 0.0             # Eq 8's alpha_0, share of the masked tokens that G's teacher chooses
+# HGM3 (its equations): --text=graph and --mask_by=loss
+hard_first = 0.0             # Eq 8's alpha_0, share of the masked that the teacher chooses
 hard_last = 0.5              # alpha_T
 teacher_momentum = 0.999     # Eq 6's lambda, unstated in the paper
 remask = True                # 80/10/10 as BERT (MoMask Table 2); False: all chosen become [MASK]
@@ -97,8 +96,6 @@ out_dir = out_dir or os.path.join('out', data)
 vq = vq or os.path.join(out_dir, 'vq.pt')
 folder = os.path.join('data', data)
 run = setup(device, dtype, seed)
-keep_memory()
-warnings.filterwarnings('ignore', 'The given NumPy array is not writable')   # a map, only read
 if latent % (2 * n_heads):
     raise UserError(f'latent is {latent} and n_heads {n_heads}: expected a latent that is a '
                     'multiple of 2 x n_heads.')
@@ -115,6 +112,7 @@ if tokenizer.config.dim != meta['dim']:
                     'it was trained on another data set.')
 if Q < 2 and stage == 'res':
     raise UserError(f'{vq} has one quantizer: there are no residual layers to train.')
+train_split, val_split = load_split(folder, 'train'), load_split(folder, 'val')
 identity = dict(data_hash=fingerprint(folder), vq_hash=vq_hash)
 last = open_run(run, out_dir, stage, config, ('best', 'history', 'pending', 'optimizers',
                                               'generator', 'rng', 'device', 'miner'), **identity)
@@ -133,7 +131,6 @@ def open_tokens(name, split):
     return Tokens(split, ids, *written, run.device)
 
 
-train_split, val_split = load_split(folder, 'train'), load_split(folder, 'val')
 train, val = open_tokens('train', train_split), open_tokens('val', val_split)
 tags = None
 if text == 'graph':   # for prompts, which have no tags
@@ -165,33 +162,13 @@ else:
 model = model.to(run.device)
 miner = None
 if stage == 'mask' and 'loss' in mask_by:
-    with torch.random.fork_rng(devices=[]):   # F's random numbers stay what they are without G
+    # the masked transformer's random numbers stay what they are without a loss predictor
+    with torch.random.fork_rng(devices=[]):
         miner = HardTokenMining(model, LossPredictor(shape), teacher_momentum).to(run.device)
 learner = miner or model   # all that is trained
 iters = {'mask': mask_iters, 'res': res_iters, 'len': len_iters}[stage]
 
-
-def make_optimizers():
-    """AdamW for everything, or Muon for the matrices of the trunk's layers, whose step has AdamW's
-    size (match_rms_adamw), so that both take the same learning rate."""
-    matrices = []
-    trunks = [] if stage == 'len' else [model.trunk]
-    if miner:
-        trunks.append(miner.student.trunk)
-    if optimizer == 'muon':
-        matrices = [p for trunk in trunks for p in trunk.layers.parameters() if p.ndim == 2]
-    ours = {id(p) for p in matrices}
-    learn = [p for p in learner.parameters() if p.requires_grad]
-    others = [p for p in learn if id(p) not in ours]
-    made = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
-                              fused=True)]
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
-                                     adjust_lr_fn='match_rms_adamw'))
-    return made
-
-
-optimizers = make_optimizers()
+optimizers = make_optimizers(learner, optimizer, lr, weight_decay)
 
 # Draws are made for the global batch, on every rank alike. A rank then takes its `rows` and divides
 # by the global count, so that the mean over ranks is the loss of one process.
@@ -199,6 +176,7 @@ per_rank = batch_size // run.world
 rows = slice(run.rank * per_rank, (run.rank + 1) * per_rank)
 
 
+@run.autocast()
 def compute_loss(net, ids, c, c_valid, valid, rows, share=None, generator=None):
     """This stage's loss on some rows of a batch. With a share (validation) so many tokens are
     hidden, at random."""
@@ -251,8 +229,7 @@ def drop_text(c, c_valid, probability, generator):
 @torch.no_grad()
 def evaluate():
     """Validation cross-entropy. For base tokens at 30, 60 and 90% hidden: methods compare only
-    where the loss falls with the share, for only there does the model read its context (README,
-    "What to look at")."""
+    where the three have parted: before, the model reads text and position alone."""
     model.eval()
     losses = {}
     for share in (0.3, 0.6, 0.9) if stage == 'mask' else (None,):
@@ -261,8 +238,7 @@ def evaluate():
         total = 0.0
         for captions in batches:
             batch = val.batch(captions, width=WIDTH)
-            with run.autocast():
-                total += compute_loss(model if miner else net, *batch, slice(None), share, g)
+            total += compute_loss(model if miner else net, *batch, slice(None), share, g)
         losses[f'{share:.0%}' if share else stage] = float(total) / len(batches)
     model.train()
     return losses
@@ -276,28 +252,16 @@ def checkpoint(name, **more):
         save(saved, os.path.join(out_dir, name))
 
 
-def flops_of_a_token():
-    batch = val.batch(val_captions[:8], width=WIDTH)
-
-    def work():
-        with run.autocast():
-            loss = compute_loss(learner, *batch, slice(None), generator=run.generator)
-        loss.backward()
-
-    state = run.generator.get_state()
-    flops = count_flops(work)
-    run.generator.set_state(state)
-    learner.zero_grad(set_to_none=True)
-    return flops / batch[-1].numel()
-
-
 # start, or go on
 it0 = 0
 best = math.inf
 cfs_now, hard_now, level_now = cfs_share, hard_first, 3
 history = []
 pending = []   # batches of captions that are drawn, and not yet used
-flops = flops_of_a_token()
+batch = val.batch(val_captions[:8], width=WIDTH)
+g = torch.Generator(run.device)   # not run's: what it draws changes nothing
+flops = count_flops(learner, lambda: compute_loss(learner, *batch, slice(None), generator=g))
+flops /= batch[-1].numel()   # of a token
 if last:
     path = os.path.join(out_dir, f'{stage}_last.pt')
     if last['device'] != run.device[:4]:
@@ -347,9 +311,8 @@ for it in bar:
     captions = pending.pop()
     batch = train.batch(captions, run.generator, WIDTH)
 
-    with run.autocast():
-        loss = compute_loss(net, *batch, rows, generator=run.generator)
-        loss = loss * run.world   # DDP averages over ranks
+    loss = compute_loss(net, *batch, rows, generator=run.generator)
+    loss = loss * run.world   # DDP averages over ranks
     loss.backward()
     for part in (model, miner.student) if miner else (model,):
         torch.nn.utils.clip_grad_norm_(part.parameters(), grad_clip)

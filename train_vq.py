@@ -3,8 +3,9 @@
     python train_vq.py config/toy.py [--vq_iters=2000 ...]
     torchrun --nproc_per_node=4 train_vq.py config/hml3d.py     # vq_batch stays the global batch
 
-Writes out_dir/vq.pt (best validation error), vq_last.pt (to resume), and the token ids of the whole
-data set, data/<data>/tokens_<hash>_<split>.npy, so that nothing downstream runs the encoder again.
+Writes out_dir/vq.pt (best validation error), vq_last.pt (to resume), and the token ids of the
+training and validation clips, data/<data>/tokens_<hash>_<split>.npy, so that no transformer's
+training runs the encoder.
 """
 import math
 import os
@@ -21,7 +22,6 @@ from tqdm import tqdm
 
 from configurator import UserError, configure
 from data import FRAMES_PER_TOKEN, Windows, fingerprint, load_meta, load_split, tokenize
-from fast import keep_memory
 from motion import SKELETONS, features_to_joints
 from runtime import (Losses, count_flops, leave, load_named, lr_at, mean_over_ranks, open_run, save,
                      setup)
@@ -51,6 +51,7 @@ vq_warmup = 2000
 weight_decay = 0.0
 grad_clip = 1.0
 w_position = 0.5             # weight of the joint position term
+w_rotation = 0.0             # weight of a term of the joint rotations; MoMask has none
 w_foot = 0.0                 # weight of the foot term, see `foot_steps`; MoMask has none
 w_heading = 0.0              # weight of the heading term, see `heading_error`; MoMask has none
 w_commit = 0.02              # MoMask's beta; its term is the mean over quantizers here
@@ -65,7 +66,6 @@ config = configure(globals(), init_from=('scratch', 'resume'))
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
 run = setup(device, dtype, seed)
-keep_memory()
 warnings.filterwarnings('ignore', 'The given NumPy array is not writable')   # a map, only read
 if window_frames % FRAMES_PER_TOKEN or window_frames < FRAMES_PER_TOKEN:
     raise UserError(f'window_frames is {window_frames}, expected a multiple of 4: a token is 4 '
@@ -75,10 +75,10 @@ if vq_batch % run.world:
 
 # data
 meta, mean, std = load_meta(folder)
+train, val = load_split(folder, 'train'), load_split(folder, 'val')
 data_hash = fingerprint(folder)
 last = open_run(run, out_dir, 'vq', config, ('best', 'history', 'optimizer', 'generator'),
                 data_hash=data_hash)
-train, val = load_split(folder, 'train'), load_split(folder, 'val')
 train_windows = Windows(train, window_frames, run.device)
 val_windows = Windows(val, window_frames, run.device)
 D, J = meta['dim'], meta['n_joints']
@@ -144,8 +144,10 @@ def compute_loss(net, x, n_active=None):
         y, commit, ids, residuals = net(x, n_active)
     y = y.float()
     position = slice(4, 4 + (J - 1) * 3)
+    rotation = slice(position.stop, position.stop + (J - 1) * 6)
     loss = F.smooth_l1_loss(y, x)
     loss = loss + w_position * F.smooth_l1_loss(y[..., position], x[..., position])
+    loss = loss + w_rotation * F.smooth_l1_loss(y[..., rotation], x[..., rotation])
     if w_foot:
         loss = loss + w_foot * foot_error(x, y)
     if w_heading:
@@ -159,20 +161,16 @@ def evaluate(batches=4):
     origin, so it is blind to feet that slide), and the error of standing feet in cm a frame."""
     model.eval()
     g = torch.Generator(run.device).manual_seed(1)
-    total = 0.0
-    error = 0.0
-    foot = 0.0
+    figures = torch.zeros(3, device=run.device)
     for _ in range(batches):
         x = get_batch(val_windows, val_windows.draw(vq_batch, g))
         loss, y, _, _ = compute_loss(net, x)
-        real = features_to_joints(model.denormalize(x).cpu(), J)
-        ours = features_to_joints(model.denormalize(y).cpu(), J)
-        difference = (real - real[..., :1, :]) - (ours - ours[..., :1, :])
-        total += mean_over_ranks(loss) / batches
-        error += mean_over_ranks(difference.norm(dim=-1).mean().to(run.device)) / batches
-        foot += mean_over_ranks(foot_error(x, y)) / batches
+        real, ours = (features_to_joints(model.denormalize(m), J) for m in (x, y))
+        error = ours - real
+        error = 1000 * (error - error[..., :1, :]).norm(dim=-1).mean() / meta['units_per_metre']
+        figures += torch.stack([loss, error, 100 * foot_error(x, y)])
     model.train()
-    return total, 1000 * error / meta['units_per_metre'], 100 * foot
+    return mean_over_ranks(figures / batches)
 
 
 def checkpoint(name, **more):
@@ -182,20 +180,12 @@ def checkpoint(name, **more):
         save(saved, os.path.join(out_dir, name))
 
 
-def flops_of_a_window():
-    def work():
-        compute_loss(model, torch.zeros(1, window_frames, D, device=run.device))[0].backward()
-
-    flops = count_flops(work)
-    optimizer.zero_grad(set_to_none=True)
-    return flops
-
-
 # start, or go on
 it0 = 0
 best = math.inf
 history = []
-flops = flops_of_a_window()
+still = torch.zeros(1, window_frames, D, device=run.device)
+flops = count_flops(model, lambda: compute_loss(model, still)[0])   # of a window
 if last:
     load_named(model, last['model'], os.path.join(out_dir, 'vq_last.pt'))
     optimizer.load_state_dict(last['optimizer'])
@@ -228,6 +218,7 @@ for it in bar:
     if rng.random() < quantize_dropout:
         n_active = rng.randint(1, n_quantizers)
 
+    torch.manual_seed((seed + run.rank) * 1_000_003 + it)   # vq_sample: as in a run without a break
     first = train_windows.draw(vq_batch, run.generator)
     x = get_batch(train_windows, first)
     loss, _, ids, residuals = compute_loss(net, x, layer_count[n_active])

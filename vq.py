@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import FRAMES_PER_TOKEN, equal_lengths
 from msd import gumbel_like
 from runtime import config_from, gather, load, load_named
 
@@ -220,18 +219,6 @@ class RVQVAE(nn.Module):
         """ids (B, n, q) of the first q <= Q quantizers -> motion (B, 4 n, D), normalized."""
         layers = zip(self.quantizers, ids.unbind(-1))
         return self.decode_latent(sum(quantizer.codebook[i] for quantizer, i in layers))
-
-    @torch.no_grad()
-    def decode_padded(self, ids, n):
-        """The same for a padded batch, ids (B, N, q) of which row i has n[i] tokens -> (B, 4 N, D),
-        zeros behind each end. Rows of one length are decoded together, so that no motion is touched
-        by what stands behind it."""
-        B, N, _ = ids.shape
-        out = torch.zeros(B, FRAMES_PER_TOKEN * N, self.config.dim, device=ids.device)
-        for rows in equal_lengths(n.cpu(), size=B):
-            length = int(n[rows[0]])
-            out[rows, :FRAMES_PER_TOKEN * length] = self.decode(ids[rows, :length]).float()
-        return out
 
     def fingerprint(self):
         """A short hash of everything that decides which id means what. Transformers remember it."""

@@ -1,8 +1,8 @@
 # Everything where we left the letter of the papers, taken back; behind another config file:
 #     python train_vq.py   config/toy.py config/letter.py --out_dir=out/letter
 #     python train_mask.py config/toy.py config/letter.py --out_dir=out/letter
-# is DynMask as published, and with --spectral_attn=False --mask_by=random MoMask. The README's
-# table says what each of these lines changes.
+# is DynMask as published, and with --spectral_attn=False --mask_by=random MoMask. The table in
+# RESULTS.md says what each of these lines changes.
 spectral_attn = True
 mask_by = 'msd'
 das_sampling = True

@@ -1,11 +1,8 @@
 """Bad input, bad files, bad luck: each thing that once ended in a traceback, took the machine's
 memory or was silently wrong, and the sentence that it gets now. Whole runs are in test_runs.py."""
-import bz2
 import errno
-import gzip
 import io
 import json
-import lzma
 import os
 import re
 import resource
@@ -158,8 +155,8 @@ def test_a_bvh_path_that_is_no_file(tmp_path):
 CLIP = 'dataset-1_bow_sad_{:03d}.bvh'
 
 
-def archive_of(path, members, mode='w'):
-    with tarfile.open(path, mode) as archive:
+def archive_of(path, members):
+    with tarfile.open(path, 'w:xz') as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
             if len(content) == 1:   # a type, not a file's content
@@ -176,27 +173,20 @@ def test_an_archive_with_something_else_named_bvh(tmp_path, kind):
     archive_of(path, [(CLIP.format(0), b'HIERARCHY'), (CLIP.format(1), kind),
                       (CLIP.format(2), b'')])
     found = list(prepare_data.bandai_files(path))
-    assert [len(content) for _, content in found] == [9, 0, 0]
-    _, clips, skipped = prepare_data.bandai_clips(found[1])
-    assert not clips
-    assert CLIP.format(1) in next(iter(skipped))
+    assert [len(content) for _, content in found] == [9, 0]
 
 
 def test_a_folder_with_something_else_named_bvh(tmp_path):
     os.mkdir(tmp_path / CLIP.format(0))
     os.mkfifo(tmp_path / CLIP.format(1))
-    assert [content for _, content in prepare_data.bandai_files(tmp_path)] == [b'', b'']
+    assert [content for _, content in prepare_data.bandai_files(tmp_path)] == []
 
 
-@pytest.mark.parametrize('pack', [bytes, gzip.compress, bz2.compress, lzma.compress],
-                         ids=['tar', 'tgz', 'bz2', 'xz'])
-def test_an_archive_with_a_flipped_bit(tmp_path, pack):
-    """A header or a stream that is damaged gave the files before it, and no word. In a plain .tar
-    nothing watches over the files' content."""
+def test_an_archive_with_a_flipped_bit(tmp_path):
+    """A header or a stream that is damaged gave the files before it, and no word."""
     path = tmp_path / 'a.tar'
     archive_of(path, [(CLIP.format(i), os.urandom(200).hex().encode()) for i in range(8)])
-    whole = pack(path.read_bytes())
-    path.write_bytes(whole)
+    whole = path.read_bytes()
     good = list(prepare_data.bandai_files(path))
     assert len(good) == 8
     rng = np.random.default_rng(0)
@@ -204,12 +194,7 @@ def test_an_archive_with_a_flipped_bit(tmp_path, pack):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
-        try:
-            names = [name for name, _ in prepare_data.bandai_files(path)]
-        except UserError as error:
-            assert str(path) in str(error)
-        else:
-            assert len(names) == 8
+        sentence(lambda: list(prepare_data.bandai_files(path)), str(path))
     for share in (0.3, 0.5, 0.7):
         path.write_bytes(whole[:int(share * len(whole))])
         sentence(lambda: list(prepare_data.bandai_files(path)), str(path))

@@ -4,7 +4,6 @@ what it promises or a UserError of one line that names the file.
 Hypothesis draws the mutations, always the same ones; of a failure it prints the smallest.
 """
 import collections
-import gzip
 import io
 import os
 import re
@@ -143,20 +142,17 @@ def test_bvh(edits):
         assert 1 <= fps <= 2000
 
 
-@pytest.mark.parametrize('pack', [bytes, gzip.compress])
-def test_archives(tmp_path, pack):
+def test_archives(tmp_path):
     members = [(CLIP.format(i), bytes(range(48, 58)) * 40) for i in range(4)]
     path = tmp_path / 'a.tar'
     archive_of(path, members)
-    whole = pack(path.read_bytes())
+    whole = path.read_bytes()
 
     @fuzz(300)
     def run(edits):
         path.write_bytes(mutate(whole, edits))
         found = answer(path, lambda: list(prepare_data.bandai_files(path)))
-        # all of them, whatever came behind the end; but the content of a plain .tar is unwatched
-        assert found is None or [name for name, _ in found] == [name for name, _ in members]
-        assert found is None or pack is bytes or found == members
+        assert found is None or found == members
 
     run()
 

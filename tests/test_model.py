@@ -21,7 +21,7 @@ import msd
 import text
 from configurator import UserError
 from fast import dropout
-from generate import Pipeline, generate_base, generate_residual, guided, sample, twice
+from generate import Pipeline, generate_base, generate_residual, guided, sample
 from model import (Attention, LengthEstimator, MaskTransformer, ModelConfig, ResTransformer,
                    layer_pattern)
 from runtime import load, save
@@ -110,12 +110,7 @@ def test_official_mask_transformer(data):
     ids, c, c_valid, valid = golden_batch(g)
     assert worst(m(ids, c, c_valid, valid).mT, g['logits']) < 1e-4
     assert worst(m(ids, c * 0, c_valid, valid).mT, g['logits_uncond']) < 1e-4
-    ids2, c_valid2, valid2 = map(twice, (ids, c_valid, valid))
-
-    def forward(c2):
-        return m(ids2, c2, c_valid2, valid2)
-
-    assert worst(guided(forward, c, 4).mT, g['logits_cfg4']) < 1e-4
+    assert worst(guided(m, 4, ids, c, c_valid, valid).mT, g['logits_cfg4']) < 1e-4
 
 
 @needs_golden
@@ -125,14 +120,9 @@ def test_official_res_transformer(data):
     g = golden(data, 'res_transformer')
     m = momask.res_transformer(root(data), data, 'tres_tiny')
     ids, c, c_valid, valid = golden_batch(g)
-    ids2, c_valid2, valid2 = map(twice, (ids, c_valid, valid))
     for q in range(1, ids.shape[-1]):
         assert worst(m(ids, c, c_valid, valid, q).mT, g[f'logits_q{q}']) < 1e-4
-
-        def forward(c2):
-            return m(ids2, c2, c_valid2, valid2, q)
-
-        assert worst(guided(forward, c, 5).mT, g[f'logits_cfg5_q{q}']) < 1e-4
+        assert worst(guided(m, 5, ids, c, c_valid, valid, q=q).mT, g[f'logits_cfg5_q{q}']) < 1e-4
 
 
 @needs_golden
@@ -275,16 +265,16 @@ def test_vq_padding_does_not_touch_a_motion():
     vq.init_codebooks(torch.randn(4, 32, 263), seeded(0))
     ids = torch.randint(16, (3, 10, 3))
     n = torch.tensor([10, 4, 7])
-    out = vq.decode_padded(ids, n)
+    out = Pipeline(vq, None, None, None, 'hash', dict(max_frames=40)).features(ids, n)
     for row, length in enumerate(n.tolist()):
-        assert worst(out[row, :4 * length], vq.decode(ids[row:row + 1, :length])[0]) < 1e-5
-        assert (out[row, 4 * length:] == 0).all()
+        alone = vq.denormalize(vq.decode(ids[row:row + 1, :length]))[0]
+        assert worst(torch.from_numpy(out[row]), alone) < 1e-5
 
 
 # --------------------------------------------------------------------------- motion-aware attention
 
 
-def plain_turned(x, place):
+def plain_rotated(x, place):
     """RoPE as its paper writes it: pairs of dimensions as complex numbers, times e^(i t theta)."""
     d = x.shape[-1]
     theta = torch.tensor([100.0 ** (-2 * i / d) for i in range(d // 2)])
@@ -300,7 +290,7 @@ def plain_attention(layer, x, valid, phi, seen, front=1, place=None):
     parts = layer.in_proj(x).chunk(3, -1)
     q, k, v = (part.view(B, N, heads, d // heads).transpose(1, 2) for part in parts)
     if place is not None:
-        q, k = plain_turned(q, place), plain_turned(k, place)
+        q, k = plain_rotated(q, place), plain_rotated(k, place)
     A = q @ k.mT / (d // heads) ** 0.5
     w = msd.band_weights(phi.shape[-1])
     alpha = layer.alpha
@@ -348,7 +338,7 @@ def test_motion_aware_attention_equals_plain(fusion, rotary, seed, monkeypatch):
     full = F.pad(valid, (1, 0), value=True)
     pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
     place = torch.arange(n + 1) if rotary else None
-    turn = model.turns(n + 1, 8) if rotary else None
+    table = model.rotary_table(n + 1, 8) if rotary else None
     expected = plain_attention(layer, x, full, phi, seen, place=place)
     for short in (True, False):   # logits formed, and dimensions appended for the fused kernel
 
@@ -359,7 +349,7 @@ def test_motion_aware_attention_equals_plain(fusion, rotary, seed, monkeypatch):
         monkeypatch.setattr(model, 'forms_logits', forms_logits)
         prior = fast.spread_prior(*msd.prior_qk(phi, seen & valid), full, x, head=8)
         assert prior[0].shape[-1] == (n + 1 if short else 8)   # z(S), or W + 2 dimensions
-        assert worst(layer(x, full, pad, prior, turn)[full], expected[full]) < 1e-5
+        assert worst(layer(x, full, pad, prior, table)[full], expected[full]) < 1e-5
 
 
 def losses_of_six_steps(fusion):
@@ -392,7 +382,7 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
         last['f'], last['seen'] = spectrum(self, ids)
         return last['f'], last['seen']
 
-    def forward(self, x, valid, pad, prior, turn):
+    def forward(self, x, valid, pad, prior, rotary):
         return plain_attention(self, x, valid, msd.unit(last['f']), last['seen'])
 
     monkeypatch.setattr(MaskTransformer, 'spectrum', remember)
@@ -408,13 +398,13 @@ def test_rotary_logits_know_only_distance():
     they are further apart. Text, whatever there is of it, has place 0."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    turn = model.turns(30, 8)
-    qs, ks = model.turned(q.expand(1, 1, 30, 8), turn), model.turned(k.expand(1, 1, 30, 8), turn)
+    table = model.rotary_table(30, 8)
+    qs, ks = model.rotate(q.expand(1, 1, 30, 8), table), model.rotate(k.expand(1, 1, 30, 8), table)
     A = (qs @ ks.mT)[0, 0]
     for apart in range(-5, 6):
         assert A.diagonal(apart).std() < 1e-5
     assert A[0].std() > 0.1
-    assert torch.equal(model.turned(q, turn[:, :1]), q)
+    assert torch.equal(model.rotate(q, table[:, :1]), q)
 
     m = small_mask(rotary=True, spectral_attn=False).eval()
     seen = []
@@ -423,23 +413,15 @@ def test_rotary_logits_know_only_distance():
     for pieces in (1, 4):
         c = torch.randn(2, pieces, 512)
         m(torch.randint(20, (2, 9)), c, torch.ones(2, pieces), first_of(9, torch.tensor([9, 5])))
-        assert torch.equal(seen[-1][:, :pieces], turn[:, :1].expand(-1, pieces, -1))
-        assert torch.equal(seen[-1][:, pieces:], turn[:, 1:10])
+        assert torch.equal(seen[-1][:, :pieces], table[:, :1].expand(-1, pieces, -1))
+        assert torch.equal(seen[-1][:, pieces:], table[:, 1:10])
 
 
 @torch.no_grad()
 def test_embedding_reads_neighbours():
-    """`beside` is a convolution without its middle, and before the layers a token hears of the two
-    on either side and of no others, nor of what lies behind a motion's end."""
+    """Before the layers a token hears of the two on either side and of no others, nor of what lies
+    behind a motion's end."""
     torch.manual_seed(0)
-    for n in (1, 2, 7):
-        x = torch.randn(3, n, 8)
-        weight = torch.randn(5, 24, 8)   # tap, out, in
-        taps = torch.cat([weight[i] for i in (0, 1, 3, 4)], -1)
-        weight[2] = 0
-        expected = F.conv1d(x.mT, weight.permute(1, 2, 0), padding=2).mT
-        assert worst(model.beside(x, 2) @ taps.T, expected) < 1e-5
-
     trunk = small_mask(neighbours=2, spectral_attn=False).trunk.eval()
     trunk.layers = torch.nn.ModuleList()   # what they are given
     x, valid = torch.randn(1, 9, 8), first_of(9, [7])
@@ -740,15 +722,6 @@ def test_anneal_and_top_share(small):
     assert torch.equal(greedy(0), greedy(1))
 
 
-def test_width_is_only_padding(small):
-    m, _, c, c_valid, n, valid = small
-    narrow = generate_base(m, c, c_valid, n, das_sampling=False, top_share=0.05)
-    wide = generate_base(m, c, c_valid, n, das_sampling=False, top_share=0.05, width=20)
-    assert wide.shape == (4, 20)
-    assert torch.equal(wide[:, :12], narrow)
-    assert (wide[:, 12:] == m.PAD).all()
-
-
 def test_number_of_residual_layers(small):
     m, r, c, c_valid, n, valid = small
     meta = dict(max_frames=48)
@@ -846,7 +819,7 @@ def test_one_graph_for_all_steps_and_lengths():
     m.eval()
     c, c_valid = texts(2)
     # generate_base itself stays eager; the forward that it calls compiles
-    generate_base(m, c, c_valid, torch.tensor([4, 9]), width=12)
+    generate_base(m, c, c_valid, torch.tensor([4, 9]))
     step = torch.compile(m, backend=count, fullgraph=True)
     before = len(graphs)
     with torch.no_grad():

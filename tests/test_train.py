@@ -4,8 +4,10 @@ sentence, two processes equal one.
 Everything happens in a temporary folder, so that nobody's data/ or out/ is touched. It is made and
 trained once; a test reads out/tiny and writes into a folder of its own.
 """
+import ast
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +20,10 @@ import pytest
 import torch
 from conftest import PROJECT, PYTHON, TORCHRUN, run_script
 
+import toy
 from data import save_meta, save_split
+from motion import SKELETONS, features_to_joints, joints_to_features
+from vq import RVQVAE, VQConfig
 
 GOLDEN = os.path.join(PROJECT, '..', 'shared', 'golden', 't2m', 'momask_checkpoints')
 TINY = '''
@@ -86,13 +91,12 @@ def write_data(folder):
     counts = {}
     for split, n in (('train', 40), ('val', 8), ('test', 40)):
         clips = []
-        captions = []
         for i in range(n):
             steps = 0.05 * rng.standard_normal((int(rng.integers(40, 80)), 263))
-            clips.append((f'clip{i}', np.cumsum(steps, 0).astype(np.float32)))
             tokens = f'a/DET person/NOUN walk/VERB {i % 5}/NUM steps/NOUN'
-            captions.append(dict(clip=i, text=f'a person walks {i % 5} steps', tokens=tokens))
-        counts[split] = save_split(folder, split, clips, captions)
+            caption = dict(text=f'a person walks {i % 5} steps', tokens=tokens)
+            clips.append((f'clip{i}', np.cumsum(steps, 0).astype(np.float32), [caption]))
+        counts[split] = save_split(folder, split, clips)
     meta = dict(name='tiny', skeleton='smpl22', fps=20, dim=263, n_joints=22, unit_length=4,
                 min_frames=40, max_frames=80, contact_threshold=0.002, units_per_metre=1,
                 counts=counts)
@@ -285,6 +289,34 @@ clips = iter([np.nan] + 63 * [3.0])   # 32 real ones come first, then the tokeni
 world['look'] = lambda joints, caption: {'slide cm': next(clips)}
 assert world['one_repeat'](0)['real motion']['slide cm'] == 3
 '''
+
+def test_terms_of_the_tokenizer_loss():
+    """`foot_steps` are the ways that feet go over the ground in the joints; what its error and
+    `heading_error` say of a motion that turns by a degree a frame too much, and of itself."""
+    with open(os.path.join(PROJECT, 'train_vq.py'), encoding='utf-8') as f:
+        tree = ast.parse(f.read())
+    names = ('foot_steps', 'foot_error', 'heading_error')
+    tree.body = [part for part in tree.body if getattr(part, 'name', '') in names]
+    script = dict(torch=torch, SKELETONS=SKELETONS, model=RVQVAE(VQConfig(width=8, code_dim=8)),
+                  meta=dict(skeleton='smpl22', units_per_metre=1.0))
+    exec(compile(tree, 'train_vq.py', 'exec'), script)
+
+    skeleton = SKELETONS['smpl22']
+    joints = toy.make_clip(5)['joints']   # hops, turns right, squats
+    features = joints_to_features(joints, skeleton, steady=True)
+    x = torch.from_numpy(features)[None].float()
+    feet = features_to_joints(features, 22)[:, skeleton.feet][..., [0, 2]]
+    went = np.linalg.norm(np.diff(feet, axis=0), axis=-1)                   # (T - 1, 4)
+    steps = script['foot_steps'](x)[0].norm(dim=-1)
+    assert went.max() > 0.02
+    assert np.abs(steps.numpy() - went).max() < 1e-5
+
+    assert script['heading_error'](x, x) == script['foot_error'](x, x) == 0
+    turned = x.clone()
+    turned[..., 0] += math.radians(0.5)   # the feature is half the angle
+    T = x.shape[1]
+    assert script['heading_error'](x, turned) == pytest.approx(math.radians((T + 1) / 2), rel=1e-4)
+    assert script['foot_error'](x, turned) > 1e-4
 
 
 def test_foot_slide(folder):
