@@ -60,14 +60,6 @@ def test_grid(tmp_path):
     assert not np.array_equal(held[:lower, :100], last[:lower, :100])
 
 
-def test_what_cannot_be_drawn_leaves_no_file(tmp_path):
-    path = str(tmp_path / 'b.gif')
-    for joints in (np.full((5, 22, 3), np.nan), np.zeros((5, 7, 3))):
-        with pytest.raises(ValueError, match='cannot draw'):
-            draw.draw_gif(joints, path, 'nothing')
-    assert not os.path.exists(path)
-
-
 def test_msd_figure(tmp_path):
     path = tmp_path / 'msd.png'
     rng = np.random.default_rng(0)
