@@ -26,3 +26,4 @@ cond_scale = 4.0
 res_scale = 5.0
 w_foot = 0.0
 w_heading = 0.0
+w_rotation = 0.0

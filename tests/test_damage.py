@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from test_bvh import HEAD, ROWS, tiny
-from test_data import WALKS, FrameNumbers, bandai_bvh, field_folder, noise, packed, prepare
+from test_data import WALKS, FrameNumbers, field_folder, noise, packed, prepare
 
 import data
 import momask

@@ -1,8 +1,5 @@
 """draw.py: the pictures have the frames, colours and order of depth that they should."""
-import os
-
 import numpy as np
-import pytest
 from PIL import Image
 
 import draw
