@@ -392,19 +392,21 @@ runpy.run_path(script, run_name='__main__')
 '''
 
 
-@pytest.mark.parametrize('stage', ['vq', 'mask'])
-def test_resume_continues_where_it_stopped(folder, stage):
-    """12 steps in one go, and 6 + 6: the same weights."""
-    out = out_dir(folder, f'cut_{stage}', *['vq.pt'][stage == 'vq':])
+@pytest.mark.parametrize('stage,drawn', [('vq', ''), ('mask', ''), ('vq', '--vq_sample=0.5')])
+def test_resume_continues_where_it_stopped(folder, stage, drawn):
+    """12 steps in one go, and 6 + 6: the same weights, also where training draws codes."""
+    out = out_dir(folder, f'cut_{stage}{bool(drawn):d}', *['vq.pt'][stage == 'vq':])
     last = f'{stage}_last.pt'
-    script, *settings = [*train(stage), f'--out_dir={out}']
+    script, *settings = [*train(stage), f'--out_dir={out}', *drawn.split()]
     stop = folder / f'stop_{stage}.py'
     stop.write_text(STOP)
     run(folder, str(stop), last, os.path.join(PROJECT, script), *settings)
     assert load(folder / out / last)['it'] == 6
     run(folder, script, *settings, '--init_from=resume')
-    whole = load(folder / 'out' / 'tiny' / last)
     cut = load(folder / out / last)
+    if drawn:
+        run(folder, script, *settings, '--overwrite=True')
+    whole = load(folder / (out if drawn else 'out/tiny') / last)
     assert whole['it'] == cut['it'] == 12
     assert all(torch.equal(whole['model'][name], cut['model'][name]) for name in whole['model'])
 
