@@ -48,7 +48,7 @@ def forms_logits(x):
     """Does attention over x (B, N, d) write its N x N logits A down, as model.py shows it? On a CPU
     and up to 256 tokens it is faster so: 4.3 ms a layer against the fused kernel's 8.5. Else it
     goes through scaled_dot_product_attention, and neither A nor S ever exists: at 4,096 tokens
-    1.5 s and 340 MB instead of 9.9 s and 5.9 GB (`bench.py --what=attention`)."""
+    2.5 s and 350 MB instead of 8.4 s and 10 GB (`bench.py --what=attention`)."""
     return not x.is_cuda and x.shape[1] <= 256
 
 
