@@ -230,19 +230,29 @@ def is_caption(caption, n_clips):
 def fingerprint(folder):
     """A short hash of all that training reads of a data set; a checkpoint remembers it. The
     features are known by the stamp that `load_split` compares, the small files by their bytes."""
-    files = load_meta(folder)[0]['files']
-    parts = [files[f'{split}_motion.npy']['blake2b'] for split in ('train', 'val')]
+    meta = load_meta(folder)[0]
+    again = f'run `{how_to_make(meta["name"])}` again'
+    parts = []
+    for split in ('train', 'val'):
+        path = os.path.join(folder, f'{split}_motion.npy')
+        parts.append(stamp_of(path, meta.get('files'), again)['blake2b'])
     small = 'mean.npy std.npy train_clips.npz train_captions.json val_clips.npz val_captions.json'
     parts += [digest(os.path.join(folder, name)) for name in small.split()]
     return hashlib.blake2b(''.join(parts).encode(), digest_size=8).hexdigest()
 
 
-def refuse_changed(path, stamps, again):
-    """UserError unless path is the file of its stamp. Size and time settle it at once; a copied
-    file has a new time, and its bytes are compared."""
+def stamp_of(path, stamps, again):
+    """What meta.json remembers of a file. UserError where that is nothing."""
     written = stamps.get(os.path.basename(path)) if isinstance(stamps, dict) else None
     if not isinstance(written, dict) or not {'bytes', 'modified', 'blake2b'} <= written.keys():
         raise UserError(f'{path} was prepared by an older version of this project; {again}')
+    return written
+
+
+def refuse_changed(path, stamps, again):
+    """UserError unless path is the file of its stamp. Size and time settle it at once; a copied
+    file has a new time, and its bytes are compared."""
+    written = stamp_of(path, stamps, again)
     status = os.stat(path)
     if status.st_size == written['bytes']:
         if status.st_mtime_ns == written['modified'] or digest(path) == written['blake2b']:

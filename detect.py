@@ -36,7 +36,12 @@ def parse(text):
         if not set(re.findall(r"[a-z']+", others)) <= set(LANGUAGE['filler']):
             return None
         side = re.search(r'\b(left|right)\b', clause) if action in SIDED else None
-        script.append({'action': action, 'side': side and side[1]})
+        speed = 'normal'
+        if re.search(r'\bslow', clause):
+            speed = 'slow'
+        elif re.search(r'\b(quick|fast)', clause):
+            speed = 'fast'
+        script.append({'action': action, 'side': side and side[1], 'speed': speed})
     return script or None
 
 

@@ -43,7 +43,11 @@ def _rgb(colour, fade=0.0):
 
 
 def _skeleton(joints):
-    return next(s for s in SKELETONS.values() if s.n_joints == joints.shape[1])
+    for skeleton in SKELETONS.values():
+        if joints.shape[1:] == (skeleton.n_joints, 3) and np.isfinite(joints).all():
+            return skeleton
+    raise ValueError(f'cannot draw joints of shape {joints.shape}: '
+                     'expected finite (T, 22 or 21, 3)')
 
 
 def _page(width, height):

@@ -42,7 +42,7 @@ repeats = 20
 max_clips = 0                # evaluate on this many clips; 0 is all
 mm_batches = 3               # batches of 32 captions x 30 motions for MModality; 0 leaves it out
 sweep = ''                   # try decoding settings: cond_scale:1,2,3 (pick on --split=val)
-strata = False               # also Tables 5 and 6 of DynMask
+strata = False               # also Tables 5 and 6 of DynMask, and length strata
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
 # machine
@@ -196,8 +196,11 @@ def strata_of(chosen, joints):
 
     speed = np.array([np.linalg.norm(np.diff(j, axis=0), axis=-1).mean() for j in joints])
     length = np.array([len(j) for j in joints])
-    order = (rankdata(speed) + rankdata(length)).argsort(kind='stable')
-    return out | dict(zip(('simple', 'medium', 'complex'), np.array_split(order, 3)))
+    speed_and_length = rankdata(speed, 'ordinal') + rankdata(length, 'ordinal')
+    for names, key in ((('simple', 'medium', 'complex'), speed_and_length),
+                       (('short', 'middle', 'long'), length)):
+        out.update(zip(names, np.array_split(key.argsort(kind='stable'), 3)))
+    return out
 
 
 def one_repeat(repeat):

@@ -40,19 +40,27 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'{module}.{name} is code')
 
 
+def read_plain(path):
+    """An .npy array or a pickle of plain data. UserError where it is missing, damaged or code."""
+    try:
+        with open(path, 'rb') as f:
+            return np.load(f) if path.endswith('.npy') else PlainUnpickler(f).load()
+    except Exception as e:   # a damaged pickle raises nearly anything
+        raise UserError(f"{path} was not loaded ({type(e).__name__}: {e}): put the field's "
+                        'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl there.') from None
+
+
 def read_glove(folder):
     """The field's three files of word vectors -> {word: (dim,) float32}, or a UserError."""
-    contents = []
+    table = read_plain(os.path.join(folder, 'our_vab_data.npy'))
+    words = read_plain(os.path.join(folder, 'our_vab_words.pkl'))
+    index = read_plain(os.path.join(folder, 'our_vab_idx.pkl'))
     try:
-        for name in ('our_vab_data.npy', 'our_vab_words.pkl', 'our_vab_idx.pkl'):
-            with open(os.path.join(folder, name), 'rb') as f:
-                contents.append(np.load(f) if name.endswith('npy') else PlainUnpickler(f).load())
-        table, words, index = contents
         return {word: table[index[word], :].astype(np.float32)
                 for word in [*words, 'eos', 'sos', 'unk']}
-    except Exception as e:   # a damaged pickle raises nearly anything
-        raise UserError(f'{folder}/{name} was not loaded, or does not fit the other two our_vab_* '
-                        f"files ({type(e).__name__}: {e}): put the field's three there.") from None
+    except (KeyError, IndexError, TypeError, ValueError) as e:
+        raise UserError(f'the our_vab_* files in {folder} do not fit together '
+                        f'({type(e).__name__}: {e}): get them again.') from None
 
 
 class Words:

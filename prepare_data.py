@@ -148,7 +148,7 @@ def prepare_toy(folder, sizes=TOY_SIZES):
 PHRASES = json.loads(Path(HERE, 'config', 'bandai_captions.json').read_text(encoding='utf-8'))
 
 BANDAI_FILE = re.compile(r'dataset-\d_(.+)_([^_]+)_\d+\.bvh')   # its content and its style
-BANDAI_JOINTS = {'Bandai-Namco': JOINT_NAMES['Bandai-Namco']}
+BANDAI_JOINTS = JOINT_NAMES['Bandai-Namco']   # spine2 lies midway between its neighbours
 
 
 def swap_sides(text):
@@ -179,17 +179,19 @@ def bandai_captions(content, style):
 
 def bandai_files(src):
     """Yield (name, bytes) of each clip of a folder or of a .tar.xz, which is read as a stream and
-    to its end, where its checksum stands."""
+    to its end, where its checksum stands. What is named like a clip but is a folder, a link or a
+    pipe has no bytes."""
     if Path(src).is_dir():
         for path in sorted(Path(src).rglob('*.bvh')):
-            if BANDAI_FILE.fullmatch(path.name) and path.is_file():
-                yield str(path), path.read_bytes()
+            if BANDAI_FILE.fullmatch(path.name):
+                yield str(path), path.read_bytes() if path.is_file() else b''
         return
     try:
         with lzma.open(src) as stream, tarfile.open(fileobj=stream, mode='r|') as archive:
             for member in archive:
-                if BANDAI_FILE.fullmatch(Path(member.name).name) and member.isfile():
-                    yield member.name, archive.extractfile(member).read()
+                if BANDAI_FILE.fullmatch(Path(member.name).name):
+                    file = archive.extractfile(member) if member.isfile() else None
+                    yield member.name, file.read() if file else b''
             while stream.read(2**20):
                 pass
     except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError) as error:
@@ -201,8 +203,12 @@ def bandai_files(src):
 def bandai_joints(file):
     """A BVH file of this skeleton, (name, bytes) -> SMPL joints (T, 22, 3), metres, 20 fps."""
     names, parents, offsets, channels, frames, fps = read_bvh(file)
+    missing = sorted(set(BANDAI_JOINTS.values()) - set(names))
+    if missing:   # where place_joints would put some between their neighbours
+        raise UserError(f'{file[0]} has another skeleton ({len(names)} joints, without '
+                        f'{", ".join(missing[:3])}): rename its joints to those of Bandai-Namco')
     world = bvh_to_joints(parents, offsets, channels, frames) / 100   # from centimetres
-    joints, _ = place_joints(world, names, BANDAI_JOINTS)
+    joints, _ = place_joints(world, names, {'Bandai-Namco': BANDAI_JOINTS})
     return resample(joints, fps, SMPL.fps)
 
 

@@ -35,6 +35,7 @@ from generate import decoding_of
 from momask import open_pipeline
 from motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
 from runtime import must_be_writable, read_array, read_text, setup
+from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
 data = 'toy'
@@ -66,23 +67,30 @@ if bool(source) != bool(edit or then):
 def draw_msd_of(name):
     """A real clip as a strip of poses, under it phi_t (Eq 7) and Omega(t) (Eq 8) of its base tokens
     -> out_dir/msd_<name>.png"""
+    tokenizer = load_tokenizer(os.path.join(out_dir, 'vq.pt'))
     folder = os.path.join('data', data)
-    splits = [load_split(folder, split) for split in load_meta(folder)[0]['counts']]
-    found = [(split, clip) for split in splits for clip in np.flatnonzero(split.names == name)]
-    if not found:
+    meta, _, _ = load_meta(folder)
+    for split_name in meta['counts']:
+        split = load_split(folder, split_name)
+        where = np.flatnonzero(split.names == name)
+        if len(where):
+            break
+    else:
         raise UserError(f'data/{data} has no clip named {name}; names look like '
-                        f'{splits[0].names[0]}.')
-    split, clip = found[0]
-    features = np.array(split.clip(clip))
-    ids = pipe.encode(features)[:, 0]
-    f = pipe.mask.spectrum(ids[None])[0].cpu()
+                        f'{split.names[0]}.')
+    clip = where[0]
+    frames = split.length[clip] // FRAMES_PER_TOKEN * FRAMES_PER_TOKEN
+    features = torch.from_numpy(np.array(split.clip(clip)[:frames]))
+    ids = tokenizer.encode(tokenizer.normalize(features)[None])[..., 0]
+    G = msd.gram(tokenizer.quantizers[0].codebook)
+    f, _ = msd.spectrum(ids, G, torch.ones_like(ids, dtype=torch.bool))
     phi, omega = msd.unit(f), msd.complexity(f)
     title = name
     if split.n_captions[clip]:
         title += f': "{split.captions[split.first_caption[clip]]["text"]}"'
-    joints = features_to_joints(features, pipe.meta['n_joints'])[:FRAMES_PER_TOKEN * len(ids)]
+    joints = features_to_joints(features, meta['n_joints']).numpy()
     path = os.path.join(out_dir, f'msd_{name}.png')
-    draw_msd(path, title, joints, phi[0].numpy(), omega[0].numpy(), pipe.meta['fps'])
+    draw_msd(path, title, joints, phi[0].numpy(), omega[0].numpy(), meta['fps'])
     print(f'written to {path}')
 
 
@@ -185,12 +193,12 @@ def edited(text, frames, seed):
     return pipe.edit(ids, spans, text, seed, **decoding)
 
 
-run = setup(device, dtype, seed)
-pipe = open_pipeline(config, out_dir, run.device)
 if msd_of:
     draw_msd_of(msd_of)
     sys.exit()
 jobs = read_prompts()
+run = setup(device, dtype, seed)
+pipe = open_pipeline(config, out_dir, run.device)
 folder = samples_dir or os.path.join(out_dir, 'samples')
 must_be_writable(os.path.join(folder, 'grid.gif'))
 longest, fps = pipe.meta['max_frames'], pipe.meta['fps']

@@ -144,10 +144,11 @@ def compute_loss(net, x, n_active=None):
         y, commit, ids, residuals = net(x, n_active)
     y = y.float()
     position = slice(4, 4 + (J - 1) * 3)
-    rotation = slice(position.stop, position.stop + (J - 1) * 6)
     loss = F.smooth_l1_loss(y, x)
     loss = loss + w_position * F.smooth_l1_loss(y[..., position], x[..., position])
-    loss = loss + w_rotation * F.smooth_l1_loss(y[..., rotation], x[..., rotation])
+    if w_rotation:
+        rotation = slice(position.stop, position.stop + (J - 1) * 6)
+        loss = loss + w_rotation * F.smooth_l1_loss(y[..., rotation], x[..., rotation])
     if w_foot:
         loss = loss + w_foot * foot_error(x, y)
     if w_heading:

@@ -173,13 +173,16 @@ def test_an_archive_with_something_else_named_bvh(tmp_path, kind):
     archive_of(path, [(CLIP.format(0), b'HIERARCHY'), (CLIP.format(1), kind),
                       (CLIP.format(2), b'')])
     found = list(prepare_data.bandai_files(path))
-    assert [len(content) for _, content in found] == [9, 0]
+    assert [len(content) for _, content in found] == [9, 0, 0]
+    _, clips, skipped = prepare_data.bandai_clips(found[1])
+    assert not clips
+    assert CLIP.format(1) in next(iter(skipped))
 
 
 def test_a_folder_with_something_else_named_bvh(tmp_path):
     os.mkdir(tmp_path / CLIP.format(0))
     os.mkfifo(tmp_path / CLIP.format(1))
-    assert [content for _, content in prepare_data.bandai_files(tmp_path)] == []
+    assert [content for _, content in prepare_data.bandai_files(tmp_path)] == [b'', b'']
 
 
 def test_an_archive_with_a_flipped_bit(tmp_path):

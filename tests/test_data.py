@@ -103,7 +103,7 @@ def test_toy_preparation(tmp_path):
 
 def bandai_bvh(n_frames, seed=0):
     """A Bandai-like file: all joints hang from the root by position channels."""
-    names = ['joint_Root'] + sorted(foreign.JOINT_NAMES['Bandai-Namco'].values())
+    names = ['joint_Root'] + sorted(prepare_data.BANDAI_JOINTS.values())
     block = '{\nOFFSET 0 0 0\nCHANNELS 3 Xposition Yposition Zposition\n'
     text = 'HIERARCHY\nROOT joint_Root\n' + block
     for name in names[1:]:
@@ -123,7 +123,7 @@ def bandai_folder(tmp_path):
     files['1_dance-long_normal_001'] = bandai_bvh(700)       # too long: cut
     files['1_bow_sad_001'] = bandai_bvh(90)[:-400]           # truncated
     files['1_moonwalk_sad_001'] = bandai_bvh(90)             # unknown words
-    files['1_bye_sad_001'] = bandai_bvh(90).replace('Head', 'Skull')
+    files['1_bye_sad_001'] = bandai_bvh(90).replace('Chest', 'Thorax')
     src = tmp_path / 'src'
     src.mkdir()
     for name, text in files.items():
@@ -139,7 +139,7 @@ def test_bandai_end_to_end(bandai_folder, tmp_path, capsys):
     assert 'skipped 2: shorter than 40 frames' in printed
     assert 'truncated' in printed
     assert 'moonwalk' in printed
-    assert 'no place for head among joints named' in printed
+    assert 'has another skeleton (22 joints, without Chest)' in printed
     meta = load_meta(out)[0]
     assert (meta['fps'], meta['dim'], meta['steady']) == (20, 263, True)
     assert sum(meta['skipped'].values()) == 5
@@ -579,9 +579,10 @@ def test_a_set_of_an_older_version_is_refused(tmp_path):
     meta = load_meta(tmp_path)[0]
     del meta['files']
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match='older version of this project; '
-                                        'run .* --out=data/tiny` again'):
-        load_split(tmp_path, 'train')
+    for read in (lambda: load_split(tmp_path, 'train'), lambda: data.fingerprint(tmp_path)):
+        with pytest.raises(UserError, match='older version of this project; '
+                                            'run .* --out=data/tiny` again'):
+            read()
 
 
 def test_only_a_copied_set_is_read_at_start(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """draw.py: the pictures have the frames, colours and order of depth that they should."""
+import os
+
 import numpy as np
+import pytest
 from PIL import Image
 
 import draw
@@ -55,6 +58,14 @@ def test_grid(tmp_path):
     lower = held.shape[0] // 2
     assert np.array_equal(held[lower:-3, :100], last[lower:-3, :100])  # 'waves' is over
     assert not np.array_equal(held[:lower, :100], last[:lower, :100])
+
+
+def test_what_cannot_be_drawn_leaves_no_file(tmp_path):
+    path = str(tmp_path / 'b.gif')
+    for joints in (np.full((5, 22, 3), np.nan), np.zeros((5, 7, 3))):
+        with pytest.raises(ValueError, match='cannot draw'):
+            draw.draw_gif(joints, path, 'nothing')
+    assert not os.path.exists(path)
 
 
 def test_msd_figure(tmp_path):

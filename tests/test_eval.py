@@ -196,12 +196,12 @@ def test_glove(tmp_path, monkeypatch):
         assert '\n' not in str(e.value)
 
     write_glove(tmp_path, index={'unk': 0, 'sos': 1, 'eos': 2, 'walk': 9})
-    refuses('does not fit.*index 9')
+    refuses('do not fit together.*index 9')
     write_glove(tmp_path, vocabulary=('walk', 'unk'))
-    refuses('does not fit.*eos')
+    refuses('do not fit together.*eos')
     for wrong in ([1, 2], 3, 'text'):
         (tmp_path / 'our_vab_idx.pkl').write_bytes(pickle.dumps(wrong))
-        refuses('does not fit')
+        refuses('do not fit together')
     for payload in (pickle.dumps({'walk': Code()}), b'\x80\x04junk', b''):
         (tmp_path / 'our_vab_idx.pkl').write_bytes(payload)
         refuses('our_vab_idx.pkl was not loaded')

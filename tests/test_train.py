@@ -290,6 +290,7 @@ world['look'] = lambda joints, caption: {'slide cm': next(clips)}
 assert world['one_repeat'](0)['real motion']['slide cm'] == 3
 '''
 
+
 def test_terms_of_the_tokenizer_loss():
     """`foot_steps` are the ways that feet go over the ground in the joints; what its error and
     `heading_error` say of a motion that turns by a degree a frame too much, and of itself."""
