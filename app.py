@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 import msd
-from bvh import write_bvh
-from configurator import RANGES, UserError, configure
-from data import FRAMES_PER_TOKEN
-from draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
+from lib.bvh import write_bvh
+from lib.configurator import RANGES, UserError, configure
+from lib.data import FRAMES_PER_TOKEN
+from lib.draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
 from generate import decoding_of
 from momask import open_pipeline
-from motion import SKELETONS, features_to_joints
-from runtime import read_text, setup
+from lib.motion import SKELETONS, features_to_joints
+from lib.runtime import read_text, setup
 
 # -----------------------------------------------------------------------------
 host = '127.0.0.1'           # '0.0.0.0' shows the page to the whole network

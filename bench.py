@@ -24,16 +24,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fast
+from lib import fast
 import msd
-import text
-from configurator import configure
+from lib import text
+from lib.configurator import configure
 from generate import generate_base, generate_residual
 from hgm3 import HardTokenMining
 from hgm3 import show as show_nodes
 from model import (LossPredictor, MaskTransformer, ModelConfig, ResTransformer, Trunk,
                    make_optimizers)
-from runtime import atomic_write, setup, synchronize
+from lib.runtime import atomic_write, setup, synchronize
 from vq import RVQVAE, VQConfig
 
 # -----------------------------------------------------------------------------

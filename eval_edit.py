@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, configure
-from data import FRAMES_PER_TOKEN, Clips, load_meta
-from evaluator import mpjpe
+from lib.configurator import UserError, configure
+from lib.data import FRAMES_PER_TOKEN, Clips, load_meta
+from lib.evaluator import mpjpe
 from generate import decoding_of
 from momask import open_pipeline
-from motion import features_to_joints
-from runtime import setup
+from lib.motion import features_to_joints
+from lib.runtime import setup
 
 # -----------------------------------------------------------------------------
 data = 'toy'

@@ -22,14 +22,14 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 import momask
-from configurator import HERE, UserError, configure, given, read_argument
-from data import FRAMES_PER_TOKEN, Clips, by_length, equal_lengths, load_meta
-from detect import passes
-from evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
+from lib.configurator import ROOT, UserError, configure, given, read_argument
+from lib.data import FRAMES_PER_TOKEN, Clips, by_length, equal_lengths, load_meta
+from lib.detect import passes
+from lib.evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
                        r_precision)
 from generate import Pipeline, decoding_of
-from motion import SKELETONS, features_to_joints
-from runtime import atomic_write, must_be_writable, setup
+from lib.motion import SKELETONS, features_to_joints
+from lib.runtime import atomic_write, must_be_writable, setup
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def strata_of(chosen, joints):
     dynamic, one with neither not at all. '(ours)': with our synonyms besides the paper's words.
     Table 6: terciles of mean joint speed and length together (mean of the ranks), nothing of MSD.
     """
-    with open(os.path.join(HERE, 'config', 'strata_words.json'), encoding='utf-8') as f:
+    with open(os.path.join(ROOT, 'config', 'strata_words.json'), encoding='utf-8') as f:
         table = json.load(f)
     words = {kind: {form for verb, forms in verbs.items() for form in (verb, *forms)}
              for kind, verbs in table.items()}

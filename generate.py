@@ -14,12 +14,12 @@ import torch
 
 import hgm3
 import msd
-from configurator import UserError
-from data import FRAMES_PER_TOKEN, equal_lengths
+from lib.configurator import UserError
+from lib.data import FRAMES_PER_TOKEN, equal_lengths
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from msd import gumbel_like
-from runtime import config_from, load, load_named
-from text import condition
+from lib.runtime import config_from, load, load_named
+from lib.text import condition
 from vq import load_tokenizer
 
 # ---------------------------------------------------------------------------- sampling and guidance

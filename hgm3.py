@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import msd
-from text import stem
+from lib.text import stem
 
 # ---------------------------------------------------------------------- 3.2 hard token mining
 

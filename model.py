@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import msd
-from fast import (appended_attention, dropout, forms_logits, logit_std, spread_prior, std_over,
+from lib.fast import (appended_attention, dropout, forms_logits, logit_std, spread_prior, std_over,
                   without_gaps)
 from hgm3 import GraphAttention
 

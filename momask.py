@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 import msd
-from configurator import UserError
-from evaluator import Evaluator, Words
+from lib.configurator import UserError
+from lib.evaluator import Evaluator, Words
 from generate import Pipeline, load_pipeline
 from model import LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
-from motion import SKELETONS
-from runtime import load, load_named, read_array, read_text
+from lib.motion import SKELETONS
+from lib.runtime import load, load_named, read_array, read_text
 from vq import RVQVAE, VQConfig
 
 # {official: ours} in the tensors' names

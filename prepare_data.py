@@ -30,14 +30,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import toy
-from bvh import FASTEST, bvh_to_joints, read_bvh
-from configurator import HERE, NOT_TEXT, UserError, install_error_hook
-from data import LARGEST, mean_std, save_meta, save_split
-from foreign import (JOINT_NAMES, own_joints, place_joints, read_joint_names, unit, unit_and_up,
+from lib import toy
+from lib.bvh import FASTEST, bvh_to_joints, read_bvh
+from lib.configurator import ROOT, NOT_TEXT, UserError, install_error_hook
+from lib.data import LARGEST, mean_std, save_meta, save_split
+from lib.takes import (JOINT_NAMES, own_joints, place_joints, read_joint_names, unit, unit_and_up,
                      upright)
-from motion import SKELETONS, joints_to_features, mirror, resample
-from runtime import read, read_array, read_json, read_text
+from lib.motion import SKELETONS, joints_to_features, mirror, resample
+from lib.runtime import read, read_array, read_json, read_text
 
 SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
@@ -145,7 +145,7 @@ def prepare_toy(folder, sizes=TOY_SIZES):
 
 # ------------------------------------------------------------------------------------------- bandai
 
-PHRASES = json.loads(Path(HERE, 'config', 'bandai_captions.json').read_text(encoding='utf-8'))
+PHRASES = json.loads(Path(ROOT, 'config', 'bandai_captions.json').read_text(encoding='utf-8'))
 
 BANDAI_FILE = re.compile(r'dataset-\d_(.+)_([^_]+)_\d+\.bvh')   # its content and its style
 BANDAI_JOINTS = JOINT_NAMES['Bandai-Namco']   # spine2 lies midway between its neighbours

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import foreign
+from lib import takes
 import hgm3
 import msd
-from bvh import fit_rotations, write_bvh
-from configurator import UserError, configure
-from data import FRAMES_PER_TOKEN, load_meta, load_split
-from detect import describe, parse, passes
-from draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
+from lib.bvh import fit_rotations, write_bvh
+from lib.configurator import UserError, configure
+from lib.data import FRAMES_PER_TOKEN, load_meta, load_split
+from lib.detect import describe, parse, passes
+from lib.draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
 from generate import decoding_of
 from momask import open_pipeline
-from motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
-from runtime import must_be_writable, read_array, read_text, setup
+from lib.motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
+from lib.runtime import must_be_writable, read_array, read_text, setup
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def read_motion(path):
     """Joints (T, J, 3) of this data set's skeleton, unit and fps, or a BVH file -> tokens
     (T // 4, Q)."""
     if path.lower().endswith('.bvh'):
-        joints = foreign.read_motion(path, pipe.meta['fps']).astype(np.float32)
+        joints = takes.read_motion(path, pipe.meta['fps']).astype(np.float32)
     else:
         joints = read_array(path, 'expected joints (T, J, 3) as .npy, or a .bvh file')
     expected = (pipe.meta['n_joints'], 3)

@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from configurator import HERE, UserError, configure
+from lib.configurator import ROOT, UserError, configure
 
 # -----------------------------------------------------------------------------
 data = 'toy'
@@ -92,7 +92,7 @@ if what not in STUDIES:
     raise UserError(f'what is {what}, expected {", ".join(STUDIES)}.')
 files = [arg for arg in sys.argv[1:] if not arg.startswith('--')]
 if what == 'published':
-    files.append(os.path.join(HERE, 'config', 'letter.py'))
+    files.append(os.path.join(ROOT, 'config', 'letter.py'))
 trained = os.path.join('out', data)
 out_dir = out_dir or f'out/study_{data}'
 for file in ('vq.pt', 'evaluator.pt'):
@@ -104,7 +104,7 @@ def script(name, **settings):
     """Run one of the project's scripts, with its output in a log file."""
     arguments = [f'--{key}={value}' for key, value in settings.items()]
     with open(os.path.join(settings['out_dir'], name + '.log'), 'w') as log:
-        code = subprocess.run([sys.executable, os.path.join(HERE, name), *files, *arguments],
+        code = subprocess.run([sys.executable, os.path.join(ROOT, name), *files, *arguments],
                               stdout=log, stderr=log).returncode
     if code:
         raise UserError(f'{name} failed, see {log.name}.')

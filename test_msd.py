@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import msd
-from fast import logit_std
+from lib.fast import logit_std
 
 SEEDS = range(20)
 V, D = 24, 16

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from configurator import configure
-from data import Clips, load_meta
-from evaluator import Evaluator, Words, fid, r_precision
-from runtime import Losses, atomic_write, must_be_writable, open_run, setup
+from lib.configurator import configure
+from lib.data import Clips, load_meta
+from lib.evaluator import Evaluator, Words, fid, r_precision
+from lib.runtime import Losses, atomic_write, must_be_writable, open_run, setup
 
 # -----------------------------------------------------------------------------
 data = 'toy'             # data set under data/

@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import hgm3
-from configurator import UserError, configure
-from data import (FRAMES_PER_TOKEN, Tokens, by_length, fingerprint, load_meta, load_split,
+from lib.configurator import UserError, configure
+from lib.data import (FRAMES_PER_TOKEN, Tokens, by_length, fingerprint, load_meta, load_split,
                   tokenize)
 from hgm3 import HardTokenMining, hard_share, show
 from model import (LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer,
                    make_optimizers)
-from runtime import Losses, count_flops, leave, load_named, lr_at, open_run, save, setup
-from text import encode
+from lib.runtime import Losses, count_flops, leave, load_named, lr_at, open_run, save, setup
+from lib.text import encode
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------

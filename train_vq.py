@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configurator import UserError, configure
-from data import FRAMES_PER_TOKEN, Windows, fingerprint, load_meta, load_split, tokenize
-from motion import SKELETONS, features_to_joints
-from runtime import (Losses, count_flops, leave, load_named, lr_at, mean_over_ranks, open_run, save,
+from lib.configurator import UserError, configure
+from lib.data import FRAMES_PER_TOKEN, Windows, fingerprint, load_meta, load_split, tokenize
+from lib.motion import SKELETONS, features_to_joints
+from lib.runtime import (Losses, count_flops, leave, load_named, lr_at, mean_over_ranks, open_run, save,
                      setup)
 from vq import RVQVAE, VQConfig, load_tokenizer
 

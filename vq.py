@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from msd import gumbel_like
-from runtime import config_from, gather, load, load_named
+from lib.runtime import config_from, gather, load, load_named
 
 
 @dataclass

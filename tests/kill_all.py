@@ -23,7 +23,7 @@ from conftest import PROJECT, become, server
 from test_train import CONFIG, TINY, train, write_data
 
 sys.path.insert(0, PROJECT)
-import runtime
+from lib import runtime
 
 STEPS = {'vq': '--vq_iters={0} --vq_eval_every=4'}
 for stage in ('mask', 'res', 'len'):

@@ -14,8 +14,8 @@ from conftest import PROJECT
 from PIL import Image
 from test_train import CONFIG, GOLDEN, folder  # noqa: F401 (a fixture)
 
-from bvh import read_bvh
-from configurator import UserError
+from lib.bvh import read_bvh
+from lib.configurator import UserError
 
 
 def run_app(folder, *arguments):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import prepare_data
-import toy
-from bvh import bvh_to_joints, fit_rotations, read_bvh, write_bvh
-from configurator import HERE, UserError
-from motion import features_to_joints, joints_to_features
+from lib import toy
+from lib.bvh import bvh_to_joints, fit_rotations, read_bvh, write_bvh
+from lib.configurator import ROOT, UserError
+from lib.motion import features_to_joints, joints_to_features
 from test_motion import KIT, SMPL, body
 
-BANDAI = os.path.join(HERE, '..', 'shared', 'data', 'bandai-namco.tar.xz')
+BANDAI = os.path.join(ROOT, '..', 'shared', 'data', 'bandai-namco.tar.xz')
 
 HEAD = '''HIERARCHY
 ROOT Hips

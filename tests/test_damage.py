@@ -16,13 +16,13 @@ from conftest import PROJECT
 from test_bvh import HEAD, ROWS, tiny
 from test_data import WALKS, FrameNumbers, field_folder, noise, packed, prepare
 
-import data
+from lib import data
 import momask
 import prepare_data
-import runtime
-import text
-from bvh import read_bvh
-from configurator import CHOICES, RANGES, UserError, configure
+from lib import runtime
+from lib import text
+from lib.bvh import read_bvh
+from lib.configurator import CHOICES, RANGES, UserError, configure
 from vq import RVQVAE, VQConfig, load_tokenizer
 
 SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'app', 'study',
@@ -631,7 +631,7 @@ def test_places_that_cannot_be_written(tmp_path):
 
 def test_a_disk_that_is_full_of_something_else(capsys):
     """Where no writer of ours is at work the system's error is the sentence."""
-    import configurator
+    from lib import configurator
     import sys
     hook = sys.excepthook
     configurator.install_error_hook()

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import foreign
+from lib import data
+from lib import takes
 import prepare_data
-import toy
-from bvh import write_bvh
-from configurator import HERE, UserError
-from data import Clips, Tokens, Windows, load_meta, load_split
-from motion import SKELETONS, features_to_joints, joints_to_features
+from lib import toy
+from lib.bvh import write_bvh
+from lib.configurator import ROOT, UserError
+from lib.data import Clips, Tokens, Windows, load_meta, load_split
+from lib.motion import SKELETONS, features_to_joints, joints_to_features
 
-SAMPLES = os.path.join(HERE, '..', 'shared', 'data', 'hml3d_samples', 'HumanML3D')
+SAMPLES = os.path.join(ROOT, '..', 'shared', 'data', 'hml3d_samples', 'HumanML3D')
 SMPL = SKELETONS['smpl22']
 rng = np.random.default_rng(0)
 
@@ -35,7 +35,7 @@ def prepare(name, out, src=None):
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
-    script = os.path.join(HERE, 'prepare_data.py')
+    script = os.path.join(ROOT, 'prepare_data.py')
     command = [sys.executable, script, 'hml3d', f'--src={tmp_path}/nope', f'--out={tmp_path}/x']
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
@@ -365,7 +365,7 @@ def test_simple_tags():
 # ---------------------------------------------------------------------------------------- folder
 
 TAKES = [toy.make_clip(seed)['joints'] for seed in range(6)]
-MIXAMO = foreign.JOINT_NAMES['Mixamo']
+MIXAMO = takes.JOINT_NAMES['Mixamo']
 
 
 def write_take(path, joints):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import draw
+from lib import draw
 from test_motion import KIT, SMPL, body
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import PROJECT, PYTHON, run_script
 
-import data
-import evaluator as E
-from configurator import UserError
-from evaluator import Evaluator, Words
+from lib import data
+from lib import evaluator as E
+from lib.configurator import UserError
+from lib.evaluator import Evaluator, Words
 
 GOLDEN = os.path.join(PROJECT, '..', 'shared', 'golden')
 golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason='no ../shared/golden here')

@@ -17,13 +17,13 @@ from test_bvh import HEAD, ROWS
 from test_damage import CLIP, archive_of, settings_of, vq_file   # noqa: F401
 from test_data import FrameNumbers, noise, packed
 
-import data
+from lib import data
 import momask
 import prepare_data
-import text
-from bvh import bvh_to_joints, read_bvh
-from configurator import RANGES, UserError, configure
-from motion import SKELETONS
+from lib import text
+from lib.bvh import bvh_to_joints, read_bvh
+from lib.configurator import RANGES, UserError, configure
+from lib.motion import SKELETONS
 from vq import load_tokenizer
 
 SMPL = SKELETONS['smpl22']

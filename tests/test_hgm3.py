@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import hgm3
 import model
-import text
+from lib import text
 from generate import generate_base
 from model import LossPredictor, MaskTransformer, ModelConfig
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fast
+from lib import fast
 import model
 import momask
 import msd
-import text
-from configurator import UserError
-from fast import dropout
+from lib import text
+from lib.configurator import UserError
+from lib.fast import dropout
 from generate import Pipeline, generate_base, generate_residual, guided, sample
 from model import (Attention, LengthEstimator, MaskTransformer, ModelConfig, ResTransformer,
                    layer_pattern)
-from runtime import load, save
+from lib.runtime import load, save
 from vq import RVQVAE, VQConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-import motion
-import toy
-from motion import SKELETONS, features_to_joints, joints_to_features
+from lib import motion
+from lib import toy
+from lib.motion import SKELETONS, features_to_joints, joints_to_features
 
 SHARED = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'shared')
 GOLDEN = os.path.join(SHARED, 'golden', 't2m', 'motion.npz')

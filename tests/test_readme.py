@@ -14,9 +14,9 @@ import pytest
 from conftest import PROJECT, run_script
 from test_train import TINY
 
-import configurator
+from lib import configurator
 import prepare_data
-from configurator import UserError, configure
+from lib.configurator import UserError, configure
 
 PAGES = ('README.md', 'RESULTS.md', 'SPEED.md')
 COMMAND = re.compile(r'^ *((?:python|torchrun|make|\$\w) .*|\w="python .*")$', re.MULTILINE)

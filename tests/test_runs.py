@@ -12,7 +12,7 @@ from conftest import PROJECT, run_script
 from test_damage import sentence
 from test_train import CONFIG, folder, load, out_dir, run, train   # noqa: F401
 
-import runtime
+from lib import runtime
 
 MAIN = SimpleNamespace(main=True)
 SETTINGS = dict(init_from='scratch', overwrite=False, lr=1e-3, weight_decay=1e-5, seed=0,
@@ -140,7 +140,7 @@ DIVERGE = '''
 import runpy
 import sys
 
-import evaluator
+from lib import evaluator
 import model
 import vq
 

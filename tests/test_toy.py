@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-import detect
-import toy
+from lib import detect
+from lib import toy
 
 N = 300
 PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]

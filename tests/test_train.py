@@ -20,9 +20,9 @@ import pytest
 import torch
 from conftest import PROJECT, PYTHON, TORCHRUN, run_script
 
-import toy
-from data import save_meta, save_split
-from motion import SKELETONS, features_to_joints, joints_to_features
+from lib import toy
+from lib.data import save_meta, save_split
+from lib.motion import SKELETONS, features_to_joints, joints_to_features
 from vq import RVQVAE, VQConfig
 
 GOLDEN = os.path.join(PROJECT, '..', 'shared', 'golden', 't2m', 'momask_checkpoints')
@@ -375,7 +375,7 @@ STOP = '''
 import runpy
 import sys
 
-import runtime
+from lib import runtime
 
 save = runtime.save
 last, script = sys.argv[1:3]
@@ -482,7 +482,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from runtime import gather
+from lib.runtime import gather
 from vq import RVQVAE, VQConfig
 
 rank = int(os.environ.get('RANK', 0))

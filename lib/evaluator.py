@@ -18,16 +18,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-import runtime
-from configurator import HERE, UserError
-from data import equal_lengths
+from lib import runtime
+from lib.configurator import ROOT, UserError
+from lib.data import equal_lengths
 
 # -------------------------------------------------------------------------------------------- words
 
 MAX_WORDS = 20   # words of a caption that count
 POSITIONS = 22   # they, sos and eos
 # of Guo et al.'s word vectorizer: the tags in one-hot order, words that override the tagger
-WORD_TAGS = json.loads(Path(HERE, 'config', 'word_tags.json').read_text())
+WORD_TAGS = json.loads(Path(ROOT, 'config', 'word_tags.json').read_text())
 TAGS = WORD_TAGS['tags']
 VIP_WORDS = WORD_TAGS['vip_words']
 VIP_TAG = {word: tag for tag, words in VIP_WORDS.items() for word in words.split()}

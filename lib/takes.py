@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from scipy.interpolate import interp1d
 
-from bvh import bvh_to_joints, read_bvh
-from configurator import HERE, UserError
-from data import LARGEST
-from motion import SKELETONS, resample
-from runtime import read_array, read_json
+from lib.bvh import bvh_to_joints, read_bvh
+from lib.configurator import ROOT, UserError
+from lib.data import LARGEST
+from lib.motion import SKELETONS, resample
+from lib.runtime import read_array, read_json
 
 SMPL = SKELETONS['smpl22']
-JOINT_NAMES = json.loads(Path(HERE, 'config', 'joint_names.json').read_text(encoding='utf-8'))
+JOINT_NAMES = json.loads(Path(ROOT, 'config', 'joint_names.json').read_text(encoding='utf-8'))
 IN_ORDER = {'SMPL': {name: str(j) for j, name in enumerate(SMPL.names)}}   # of an .npy's joints
 UNITS = {'m': 1.0, 'cm': 0.01, 'mm': 0.001}
 LEG = (0.5, 1.3)   # metres from hip to ankle along the bones: from children to giants

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the project
 
 NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # what UTF-8 has no bytes for, and the zero byte
 
@@ -100,7 +100,7 @@ def install_error_hook():
 def keys_of_all_scripts():
     """Names assigned at the top level of any file here."""
     names = set()
-    for path in [*glob.glob(os.path.join(HERE, '*.py')), os.path.join(HERE, 'config/decoding.py')]:
+    for path in [*glob.glob(os.path.join(ROOT, '*.py')), os.path.join(ROOT, 'config/decoding.py')]:
         with open(path, encoding='utf-8') as f:
             names.update(re.findall(r'^(\w+) = ', f.read(), re.MULTILINE))
     return names
@@ -182,7 +182,7 @@ def print_help(g, shared):
         _, settings, _ = f.read().split('\n# ---', 2)
     lines = settings.splitlines()[1:]
     if shared:
-        with open(os.path.join(HERE, shared), encoding='utf-8') as f:
+        with open(os.path.join(ROOT, shared), encoding='utf-8') as f:
             lines += f.read().splitlines()
     print(g['__doc__'])
     print('Settings, to be given as --key=value:\n')
@@ -196,7 +196,7 @@ def configure(g, argv=None, shared='', **choices):
     UserError for anything that is not understood."""
     install_error_hook()
     if shared:
-        with open(os.path.join(HERE, shared), encoding='utf-8') as f:
+        with open(os.path.join(ROOT, shared), encoding='utf-8') as f:
             exec(f.read(), g)
     defaults = {}
     for key, value in g.items():

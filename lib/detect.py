@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import find_objects, label
 from scipy.signal import find_peaks
 
-from toy import (FPS, HEAD, L_ANKLE, L_HIP, L_SHOULDER, L_TOE, L_WRIST, LANGUAGE, LEFTWARD, NECK,
+from lib.toy import (FPS, HEAD, L_ANKLE, L_HIP, L_SHOULDER, L_TOE, L_WRIST, LANGUAGE, LEFTWARD, NECK,
                  PELVIS, R_ANKLE, R_HIP, R_SHOULDER, R_TOE, R_WRIST, SIDED, TOE_Y, smooth, unit)
 
 LEFT, UP, FORWARD = range(3)  # components of what View.local gives

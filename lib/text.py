@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import UserError
-from runtime import atomic_write, read_arrays
+from lib.configurator import UserError
+from lib.runtime import atomic_write, read_arrays
 
 DIM = 512
 

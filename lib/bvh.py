@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from configurator import UserError
-from motion import unit
-from runtime import read
+from lib.configurator import UserError
+from lib.motion import unit
+from lib.runtime import read
 
 FASTEST = 2000          # frames a second; at 1 a second or fewer nobody has recorded motion
 FURTHEST = 1e7          # of any number: 100 km in centimetres

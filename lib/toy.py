@@ -16,15 +16,15 @@ from scipy import ndimage
 from scipy.interpolate import CubicHermiteSpline
 from scipy.spatial.transform import Rotation
 
-from configurator import HERE
-from motion import two_bone, unit
+from lib.configurator import ROOT
+from lib.motion import two_bone, unit
 
 FPS = 20
 MIN_FRAMES, MAX_FRAMES = 40, 196
 SPEEDS = {'slow': 0.75, 'normal': 1.0, 'fast': 1.3}  # how much faster than normal the clock runs
 LEFTWARD = np.array([1, -1])  # by side
 DOWN = dict(lift=0.0, fwd=0.0, tip=0.0)  # a foot on the floor
-LANGUAGE = json.loads(Path(HERE, 'config', 'toy_language.json').read_text())
+LANGUAGE = json.loads(Path(ROOT, 'config', 'toy_language.json').read_text())
 
 (PELVIS, L_HIP, R_HIP, SPINE1, L_KNEE, R_KNEE, SPINE2, L_ANKLE, R_ANKLE, SPINE3, L_TOE, R_TOE,
  NECK, L_COLLAR, R_COLLAR, HEAD, L_SHOULDER, R_SHOULDER, L_ELBOW, R_ELBOW, L_WRIST,

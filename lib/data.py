@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import NOT_TEXT, UserError
-from motion import SKELETONS
-from runtime import atomic_write, read_array, read_arrays, read_json
+from lib.configurator import NOT_TEXT, UserError
+from lib.motion import SKELETONS
+from lib.runtime import atomic_write, read_array, read_arrays, read_json
 
 LARGEST = 1e6      # no feature is larger: a kilometre, in the millimetres of KIT
 STD_FLOOR = 1e-3   # a feature that never varies is divided by this; real groups lie above 0.01

@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from motion import SKELETONS, smooth
+from lib.motion import SKELETONS, smooth
 
 SIDE_COLOURS = {'left': (38, 116, 190), 'right': (222, 82, 62), 'middle': (62, 66, 82)}
 BACKGROUND = (250, 250, 248)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import UserError, convert
+from lib.configurator import UserError, convert
 
 # -------------------------------------------------------------------------------------- the machine
 
