@@ -1,80 +1,98 @@
-r"""The protocol of Guo et al. 2022 on generated motion, with 95% intervals:
+r"""The evaluation protocol of Guo et al. 2022 on generated motion, with 95% intervals:
 
     python eval_t2m.py config/toy.py                                  # train_eval.py comes first
     python eval_t2m.py config/bandai.py --strata=True --repeats=5
+    python eval_t2m.py config/toy.py --dynamics=True --split=val      # where the model fails
     python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy \
         --evaluator=out/bandai/evaluator.pt                           # on other data (Table 7)
+    python eval_t2m.py config/hml3d.py --evaluator=official --momask_root=checkpoints
     python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints
 
-One repeat: shuffle the test clips, one caption each, drop the last partial batch of 32; embed;
-compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. Motions are generated
-in batches of similar length; batches of 32 matter only to R-precision. RESULTS.md, "Protocol",
-lists every difference from the reference.
+One repeat: shuffle the test clips, draw one caption of each, drop the last partial batch of 32,
+embed, compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. Motions are
+generated in batches of similar length; batches of 32 matter only to R-precision. RESULTS.md,
+"Protocol", lists every difference from the reference code.
 """
-import json
 import os
-import re
 import time
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from tqdm import tqdm
 
 import momask
-from lib.configurator import ROOT, UserError, configure, given, read_argument
+import msd
+from generate import Pipeline, decoding_of, load_pipeline, open_pipeline
+from lib.configurator import UserError, configure, read_argument
 from lib.data import FRAMES_PER_TOKEN, Clips, by_length, equal_lengths, load_meta
 from lib.detect import passes
-from lib.evaluator import (Evaluator, Words, diversity, fid, interval, mm_dist, mpjpe, multimodality,
-                       r_precision)
-from generate import Pipeline, decoding_of
+from lib.evaluator import (Evaluator, diversity, fid, interval, mm_dist, mpjpe, multimodality,
+                           r_precision)
 from lib.motion import SKELETONS, features_to_joints
-from lib.runtime import atomic_write, must_be_writable, setup
+from lib.report import refuse_other_files, say, table, write_results
+from lib.runtime import setup
+from lib.strata import clip_strata, error_by_speed, strata_fids, token_speed
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
-data = 'toy'                 # whose test clips
+data = 'toy'                 # data set with the test clips
 out_dir = ''                 # the model's checkpoints, '' is out/<data>
-evaluator = ''               # '' is <out_dir>/evaluator.pt, for momask the official one
-glove_dir = ''               # the field's our_vab_* files, '' is <momask_root>/glove
+evaluator = ''               # '' is <out_dir>/evaluator.pt; 'official' is that of momask_root
+glove_dir = ''               # Guo et al.'s our_vab_* files, '' is <momask_root>/glove
 split = 'test'
 repeats = 20
-max_clips = 0                # evaluate on this many clips; 0 is all
+max_clips = 0                # evaluate on this many clips, at least 32; 0 is all
 mm_batches = 3               # batches of 32 captions x 30 motions for MModality; 0 leaves it out
-sweep = ''                   # try decoding settings: cond_scale:1,2,3 (pick on --split=val)
-strata = False               # also Tables 5 and 6 of DynMask, and length strata
+sweep = ''                   # try decoding settings: cond_scale:1,2,3 (choose on --split=val)
+strata = False               # also Tables 5 and 6 of DynMask, and strata by length
+dynamics = False             # also pooled strata, and token cross-entropy by joint speed
+pooled = 10                  # dynamics: repeats whose embeddings are pooled for one FID
+confidence_of = ''           # dynamics: mask.pt whose confidence chooses masks, '' is the model's
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
 gen_batch = 0                # motions generated at a time; 0 is 64 on a CPU, 256 on a GPU
-config = configure(globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'))
+config = configure(globals(), shared=True)
 # -----------------------------------------------------------------------------
-BASE, FULL = 'base tokens only', 'full'
+REAL, TOKENIZER, BASE, FULL = 'real motion', 'tokenizer', 'base tokens only', 'full'
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
 decoding = decoding_of(config)
 run = setup(device, dtype, seed)
 gen_batch = gen_batch or (64 if run.device == 'cpu' else 256)
+if 0 < max_clips < 32:
+    raise UserError(f'max_clips is {max_clips}, expected at least 32, or 0 for all clips: '
+                    'R-precision compares 32 motions.')
+if sweep and dynamics:
+    raise UserError('sweep and dynamics cannot be combined: run them one after the other.')
+result_path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
+refuse_other_files(result_path)
 
-# clips, model, evaluator
+# clips
 meta, _, _ = load_meta(folder)
 skeleton = SKELETONS[meta['skeleton']]
 test = Clips(folder, split)
 captions = test.split.captions
 if len(test) < 32:
-    raise UserError(f'data/{data} has {len(test)} {split} clips with captions: the protocol needs '
+    raise UserError(f'{folder} has {len(test)} {split} clips with captions, but the protocol needs '
                     'at least 32.')
+
+# model
 vq_path = os.path.join(out_dir, 'vq.pt')
-no_mask = not os.path.exists(os.path.join(out_dir, mask_file)) and 'mask_file' not in given
+mask_path = os.path.join(out_dir, mask_file)
+no_mask = mask_file == 'mask.pt' and not os.path.exists(mask_path)
 if init_from == 'checkpoint' and no_mask and os.path.exists(vq_path):
-    print(f'{out_dir} has no {mask_file}: judging its tokenizer alone.')
+    say(f'{out_dir} has no {mask_file}: evaluating its tokenizer alone.')
     pipe = Pipeline(load_tokenizer(vq_path), None, None, None, 'hash', meta, run.device)
 else:
-    pipe = momask.open_pipeline(config, out_dir, run.device)
-if init_from == 'momask' and not evaluator:
-    judge = momask.evaluator(momask_root, momask_data, glove_dir=glove_dir or None)
+    pipe = open_pipeline(config, data, out_dir, run.device)
+
+# evaluator
+if evaluator == 'official' or init_from == 'momask' and not evaluator:
+    dataset = 'kit' if data == 'kit' else 't2m'
+    judge = momask.evaluator(momask_root, dataset, glove_dir or None)
 else:
     path = evaluator or os.path.join(out_dir, 'evaluator.pt')
     if not os.path.exists(path):
@@ -82,27 +100,28 @@ else:
                         f'give --evaluator=out/{data}/evaluator.pt.')
     judge = Evaluator.load(path, glove_dir or None)
 if not pipe.vq.config.dim == meta['dim'] == len(judge.mean):
-    raise UserError(f"data/{data} has {meta['dim']} features, the model {pipe.vq.config.dim}, the "
+    raise UserError(f"{folder} has {meta['dim']} features, the model {pipe.vq.config.dim}, the "
                     f'evaluator {len(judge.mean)}: they must be of one skeleton.')
-if judge.words is None:
-    print('No GloVe files (--glove_dir): captions are embedded with hashed words, so R-precision '
-          'and MM-Dist of this official evaluator mean nothing here; FID and Diversity do.')
-    judge.words = Words()
 judge = judge.to(run.device)
-result_path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
-must_be_writable(result_path)
-text_emb = judge.embed_text([caption['tokens'] for caption in captions]).numpy()
-rows = ['real motion', 'tokenizer']
+text_emb = None
+if judge.words:
+    text_emb = judge.embed_text([caption['tokens'] for caption in captions]).numpy()
+else:
+    say('R-precision and MM-Dist are left out: they need the GloVe files our_vab_* (--glove_dir, '
+        f'by default {os.path.join(momask_root, "glove")}).')
+
+rows = [REAL, TOKENIZER]
 if pipe.mask is not None:
     rows.append(BASE)
-    c, c_valid = pipe.condition([caption['text'] for caption in captions], folder)
+    c, role = pipe.encode_text([caption['text'] for caption in captions], folder)
 if pipe.res is not None:
     rows.append(FULL)
+draws = []   # with dynamics: embeddings and strata of the repeats that are not pooled yet
 
 
 def draw_clips(repeat):
-    """One repeat's clips in shuffled order: captions (N,), first frames (N,), frames (N,), N a
-    multiple of 32, by the field's length rule."""
+    """One repeat's clips in shuffled order: captions (N,), first frames (N,), frames (N,), with N a
+    multiple of 32, cropped by the standard length rule."""
     g = torch.Generator().manual_seed(seed * 100_003 + repeat)
     order = torch.randperm(len(test), generator=g)[:max_clips or None]
     order = order[:len(order) // 32 * 32]
@@ -110,7 +129,7 @@ def draw_clips(repeat):
 
 
 def reconstruct(motions):
-    """Features through the tokenizer and back; motions of one length share a batch."""
+    """Features through the tokenizer and back; motions of the same length share a batch."""
     out = [None] * len(motions)
     for group in equal_lengths([len(motion) for motion in motions]):
         x = torch.from_numpy(np.stack([motions[i] for i in group])).to(run.device)
@@ -121,22 +140,23 @@ def reconstruct(motions):
 
 
 def generate(chosen, frames, seed):
-    """captions (b,), frames (b,) -> {row: list of b features}, of the same base tokens."""
+    """captions (b,), frames (b,) -> {row: list of b features}, both rows with the same base tokens.
+    """
     if pipe.mask is None:
         return {}
     n = frames // FRAMES_PER_TOKEN
     with run.autocast():
-        ids = pipe.generate(c[chosen], c_valid[chosen], n, seed, **decoding)
+        ids = pipe.generate(c[chosen], role[chosen], n, seed, **decoding)
     progress.update(len(n))
-    made = {BASE: pipe.features(ids[..., :1], n)}
+    generated = {BASE: pipe.features(ids[..., :1], n)}
     if FULL in rows:
-        made[FULL] = pipe.features(ids, n)
-    return made
+        generated[FULL] = pipe.features(ids, n)
+    return generated
 
 
 def foot_heights():
-    """How high the four foot joints are, in metres, while they stand: the 95th percentile over the
-    frames that the real clips mark as contact, (4,)."""
+    """Heights of the four foot joints in contact with the floor, in metres: the 95th percentile
+    over all contact frames of the real clips, (4,)."""
     heights = [[], [], [], []]
     every = torch.arange(len(test))
     _, first, frames = test.draw(every, torch.Generator().manual_seed(0), crop=False)
@@ -149,21 +169,21 @@ def foot_heights():
 
 
 def look(joints, caption):
-    """What a loss never shows, of one clip's joints (T, J, 3).
+    """Measure what no embedding shows, on one clip's joints (T, J, 3).
 
-    slide: how far (cm a frame) a foot moves that is low and slow as in contacts of real clips; NaN
-    where none is. What the motion itself says of its contacts is not asked: one that claims none
-    would slide 0. accel: mean acceleration of a joint; jitter when above real motion's, blur when
-    below. Toy: does the motion do what the text says?
+    slide: how far (cm per frame) a foot moves while it is as low and as slow as in contacts of real
+    clips; NaN if it never is. Contacts predicted by the motion itself are ignored, because a motion
+    without any would slide 0. accel: mean joint acceleration; above real motion's it is jitter,
+    below it is blur. Toy: does the motion do what the text says?
     """
     joints = joints / meta['units_per_metre']
     feet = joints[:, list(skeleton.feet)]
     step = np.diff(feet, axis=0)                                          # (T - 1, 4, 3)
-    # KIT's contact threshold, 0.2 mm a frame, would leave nothing to slide: take HumanML3D's
+    # KIT's contact threshold, 0.2 mm a frame, would leave nothing to slide: use HumanML3D's
     threshold = meta['contact_threshold'] if meta['units_per_metre'] == 1 else 0.002
     slow = (step ** 2).sum(-1) < threshold
-    stands = slow & (feet[:-1, :, 1] < standing_height)
-    slide = np.linalg.norm(step[..., [0, 2]], axis=-1)[stands]
+    planted = slow & (feet[:-1, :, 1] < standing_height)
+    slide = np.linalg.norm(step[..., [0, 2]], axis=-1)[planted]
     accel = np.linalg.norm(np.diff(joints, 2, axis=0), axis=-1).mean() * meta['fps'] ** 2
     facts = {'slide cm': 100 * slide.mean() if len(slide) else np.nan, 'accel m/s2': accel}
     if 'script' in caption:
@@ -171,36 +191,6 @@ def look(joints, caption):
         facts['detectors'] = passes(joints, caption['script'])
         facts['1 action' if n_actions == 1 else f'{n_actions} actions'] = facts['detectors']
     return facts
-
-
-def strata_of(chosen, joints):
-    """Strata of DynMask 4.4 -> {name: clip numbers}; joints: of the real clips.
-
-    Table 5: words of the caption, with their inflections; a clip with words of both kinds counts as
-    dynamic, one with neither not at all. '(ours)': with our synonyms besides the paper's words.
-    Table 6: terciles of mean joint speed and length together (mean of the ranks), nothing of MSD.
-    """
-    with open(os.path.join(ROOT, 'config', 'strata_words.json'), encoding='utf-8') as f:
-        table = json.load(f)
-    words = {kind: {form for verb, forms in verbs.items() for form in (verb, *forms)}
-             for kind, verbs in table.items()}
-    spoken = [set(re.findall('[a-z]+', captions[i]['text'].lower())) for i in chosen]
-    out = {}
-    for whose in ('', ' (ours)'):
-        static = words['static'] | words['static' + whose]
-        dynamic = words['dynamic'] | words['dynamic' + whose]
-        is_dynamic = np.array([bool(said & dynamic) for said in spoken])
-        is_static = np.array([bool(said & static) for said in spoken]) & ~is_dynamic
-        out['static' + whose] = np.flatnonzero(is_static)
-        out['dynamic' + whose] = np.flatnonzero(is_dynamic)
-
-    speed = np.array([np.linalg.norm(np.diff(j, axis=0), axis=-1).mean() for j in joints])
-    length = np.array([len(j) for j in joints])
-    speed_and_length = rankdata(speed, 'ordinal') + rankdata(length, 'ordinal')
-    for names, key in ((('simple', 'medium', 'complex'), speed_and_length),
-                       (('short', 'middle', 'long'), length)):
-        out.update(zip(names, np.array_split(key.argsort(kind='stable'), 3)))
-    return out
 
 
 def one_repeat(repeat):
@@ -212,7 +202,7 @@ def one_repeat(repeat):
     facts = {row: [None] * len(chosen) for row in rows}
     for pick in by_length(frames, gen_batch):
         real = test.features(first[pick], frames[pick])
-        motions = {'real motion': real, 'tokenizer': reconstruct(real)}
+        motions = {REAL: real, TOKENIZER: reconstruct(real)}
         batch_seed = (seed + repeat) * 100_003 + int(pick[0])
         motions.update(generate(chosen[pick], frames[pick], batch_seed))
         for row in rows:
@@ -221,32 +211,29 @@ def one_repeat(repeat):
                 joints[row][i] = features_to_joints(motion, meta['n_joints'])
                 facts[row][i] = look(joints[row][i], captions[chosen[i]])
 
-    result = {}
-    texts = text_emb[chosen]
+    result = {row: {} for row in rows}
     for row in rows:
-        top = r_precision(texts, emb[row])
-        result[row] = {
-            'R@1': top[0], 'R@2': top[1], 'R@3': top[2], 'FID': fid(emb['real motion'], emb[row]),
-            'MM-Dist': mm_dist(texts, emb[row]), 'Diversity': diversity(emb[row], rng=rng)}
+        if text_emb is not None:
+            texts = text_emb[chosen]
+            result[row].update(zip(('R@1', 'R@2', 'R@3'), r_precision(texts, emb[row])))
+            result[row]['MM-Dist'] = mm_dist(texts, emb[row])
+        result[row]['FID'] = fid(emb[REAL], emb[row])
+        result[row]['Diversity'] = diversity(emb[row], rng=rng)
         for fact in dict.fromkeys(key for clip in facts[row] for key in clip):
             values = [clip[fact] for clip in facts[row] if fact in clip]
-            result[row][fact] = np.nanmean(values)
-    error = [mpjpe(ours, real).mean()
-             for ours, real in zip(joints['tokenizer'], joints['real motion'])]
-    result['tokenizer']['MPJPE mm'] = 1000 * np.mean(error) / meta['units_per_metre']
+            result[row][fact] = np.nan if np.isnan(values).all() else np.nanmean(values)
+    error = [mpjpe(ours, real).mean() for ours, real in zip(joints[TOKENIZER], joints[REAL])]
+    result[TOKENIZER]['MPJPE mm'] = 1000 * np.mean(error) / meta['units_per_metre']
     if mm_batches and pipe.mask is not None:
         for row, value in measure_multimodality(chosen, frames, repeat, rng).items():
             result[row]['MModality'] = value
-    if strata:
-        for name, part in strata_of(chosen, joints['real motion']).items():
-            for row in rows:
-                if len(part) >= 2:
-                    value = fid(emb['real motion'][part], emb[row][part])
-                    result[row][f'FID {name}'] = value
-        for row in rows[1:]:
-            if {'FID static', 'FID dynamic'} <= result[row].keys():
-                ratio = result[row]['FID dynamic'] / result[row]['FID static']
-                result[row]['dynamic / static'] = ratio
+    if strata or dynamics:
+        parts = clip_strata([captions[i]['text'] for i in chosen], joints[REAL])
+        if strata:
+            for row, fids in strata_fids([(emb, parts)]).items():
+                result[row].update(fids)
+        if dynamics:
+            draws.append((emb, parts))
     return result
 
 
@@ -256,23 +243,64 @@ def measure_multimodality(chosen, frames, repeat, rng):
     length = frames[:32 * mm_batches].repeat_interleave(30)
     emb = {row: np.zeros((len(many), judge.config['out'])) for row in rows[2:]}
     for pick in by_length(length, gen_batch):
-        made = generate(many[pick], length[pick], (seed + repeat + 7919) * 100_003 + int(pick[0]))
-        for row, motions in made.items():
+        batch_seed = (seed + repeat + 7919) * 100_003 + int(pick[0])
+        for row, motions in generate(many[pick], length[pick], batch_seed).items():
             emb[row][pick] = judge.embed_motion(motions, length[pick]).numpy()
     return {row: multimodality(e.reshape(-1, 30, e.shape[1]), rng=rng) for row, e in emb.items()}
 
 
-def print_table(names):
-    wide = [max(16, len(name) + 2) for name in names]
-    print(' ' * 18 + ''.join(f'{name:>{w}s}' for name, w in zip(names, wide)))
-    for row, metrics in summary.items():
-        line = f'{row:18s}'
-        for name, w in zip(names, wide):
-            cell = ''
-            if name in metrics:
-                cell = f'{metrics[name][0]:.3f} ±{metrics[name][1]:.3f}'
-            line += f'{cell:>{w}s}'
-        print(line)
+# -------------------------------------------------------------------- where errors are (--dynamics)
+
+
+def conditional(model, ids, c, role, valid):
+    """Log-probabilities (b, n, V) of the conditional pass, without guidance: ids (b, n) with
+    [MASK]s. Motion-aware attention reads the MSD that msd_decode asks for."""
+    with torch.no_grad(), run.autocast():
+        logits = model(ids, c, role, valid)
+        if model.config.spectral_attn and msd_decode == 'guess':
+            guess = torch.where(ids == model.MASK, logits.argmax(-1), ids)
+            spectrum = model.spectrum(torch.where(valid, guess, model.PAD))
+            logits = model(ids, c, role, valid, spectrum=spectrum)
+    return logits.float().log_softmax(-1)
+
+
+def token_errors():
+    """`error_by_speed` of the masked transformer, on the clips of the first repeat."""
+    judged_by, text = pipe, (c, role)   # whose confidence decides which tokens are masked
+    if confidence_of:
+        judged_by = load_pipeline(os.path.dirname(confidence_of) or '.', run.device,
+                                  os.path.basename(confidence_of))
+        if judged_by.vq.fingerprint() != pipe.vq.fingerprint():
+            raise UserError(f'{confidence_of} was trained on another tokenizer than the model.')
+        text = judged_by.encode_text([caption['text'] for caption in captions], folder)
+
+    chosen, first, frames = draw_clips(0)
+    model = pipe.mask
+    batches = []
+    for pick in by_length(frames, gen_batch):
+        n = frames[pick] // FRAMES_PER_TOKEN
+        ids = torch.zeros(len(pick), int(n.max()), dtype=torch.long)
+        speed = torch.zeros(ids.shape)
+        for i, motion in enumerate(test.features(first[pick], frames[pick])):
+            joints = features_to_joints(motion, meta['n_joints']) / meta['units_per_metre']
+            speed[i, :n[i]] = torch.from_numpy(token_speed(joints, meta['fps'])).float()
+            ids[i, :n[i]] = pipe.tokenize(motion)[:, 0].cpu()
+        ids, speed = ids.to(run.device), speed.to(run.device)
+        valid = torch.arange(ids.shape[1], device=run.device) < n.to(run.device)[:, None]
+        f, _ = model.spectrum(torch.where(valid, ids, model.PAD))
+        all_masked = torch.full_like(ids, model.MASK)
+        own, others = ([part[chosen[pick]].to(run.device) for part in x] for x in ((c, role), text))
+        batches.append(dict(
+            ids=ids, valid=valid, speed=speed, text=own,
+            omega=msd.complexity(f, model.config.omega),
+            velocity=msd.speed(ids, model.gram(), valid),
+            confidence=conditional(judged_by.mask, all_masked, *others, valid).amax(-1)))
+    return error_by_speed(
+        batches, lambda batch, ids: conditional(model, ids, *batch['text'], batch['valid']),
+        model.MASK, seed)
+
+
+# ------------------------------------------------------------------------------------------- tables
 
 
 def swept():
@@ -286,8 +314,8 @@ def swept():
 
 
 def summarize(results):
-    """-> {row: {metric: (mean, half the 95% interval)}}, over the repeats that have the metric: few
-    clips may hold none of three actions."""
+    """-> {row: {metric: (mean, half the 95% interval)}}, over the repeats that have the metric: a
+    small set may have no clip with three actions."""
     summary = {}
     for row in results[0]:
         summary[row] = {}
@@ -298,6 +326,18 @@ def summarize(results):
     return summary
 
 
+def show(summary, columns, repeats):
+    """Print columns of a summary, without intervals if it is of one repeat."""
+    columns = [name for name in columns if any(name in metrics for metrics in summary.values())]
+    body = []
+    for row, metrics in summary.items():
+        cells = [metrics.get(name) for name in columns]
+        texts = [f'{cell[0]:.3f}' + f' ±{cell[1]:.3f}' * (repeats > 1) if cell else ''
+                 for cell in cells]
+        body.append([row, *texts])
+    say(table(['', *columns], body) + '\n')
+
+
 clock = time.perf_counter()
 name, values = swept() if sweep else ('steps', [steps])
 n_clips = len(draw_clips(0)[0])
@@ -305,26 +345,46 @@ per_repeat = n_clips + 30 * min(32 * mm_batches, n_clips)
 progress = tqdm(total=len(values) * repeats * per_repeat, desc='generated', mininterval=1,
                 unit=' motions', disable=pipe.mask is None)
 standing_height = foot_heights()
+per_fid, pooled_fids = min(pooled, repeats), []
 summary = {}
 for value in values:
     decoding[name] = value
-    results = [one_repeat(repeat) for repeat in range(repeats)]
+    results = []
+    for repeat in range(repeats):
+        results.append(one_repeat(repeat))
+        if dynamics and len(draws) == per_fid:
+            pooled_fids.append(strata_fids(draws))
+            draws.clear()
     found = summarize(results)
     if sweep:
         found = {f'{name} {value}': found[rows[-1]]}
     summary.update(found)
 progress.close()
-seconds = time.perf_counter() - clock
 
-print(f'\n{data} {split}, {n_clips} clips, {repeats} repeats, {steps} steps, guidance '
-      f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}; mean ± 95% interval')
-names = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm',
-         'accel m/s2', 'detectors', '1 action', '2 actions', '3 actions']
-print_table([name for name in names if any(name in metrics for metrics in summary.values())])
-if strata and not sweep:
-    print_table([name for name in summary['tokenizer'] if name.startswith(('FID ', 'dynamic /'))])
-with atomic_write(result_path, 'w') as f:
-    written = dict(rows=summary, val=pipe.val, settings=config, clips=n_clips, seconds=seconds,
-                   device=run.device, per_repeat=results)
-    json.dump(written, f, indent=1, default=float)
-print(f'written to {result_path}')
+extra = {}
+if dynamics:
+    extra = dict(pooled=summarize(pooled_fids), repeats_pooled=per_fid)
+    if pipe.mask is not None:
+        extra['tokens'] = token_errors()
+seconds = time.perf_counter() - clock
+write_results(result_path, rows=summary, **extra, val=pipe.val, settings=config, clips=n_clips,
+              seconds=seconds, device=run.device, per_repeat=results)
+
+interval_note = '; mean ± 95% interval' if repeats > 1 else ''
+say(f'\n{data} {split}, {n_clips} clips, {repeats} repeats, {steps} steps, guidance '
+    f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}{interval_note}\n')
+columns = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm',
+           'accel m/s2', 'detectors', '1 action', '2 actions', '3 actions']
+show(summary, columns, repeats)
+of_strata = [name for name in next(iter(summary.values())) if name.startswith('FID ')]
+if of_strata:
+    show(summary, [*of_strata, 'dynamic / static'], repeats)
+if dynamics:
+    say(f'With the embeddings of {per_fid} repeats pooled:')
+    show(extra['pooled'], [*extra['pooled'][REAL], 'dynamic / static'], len(pooled_fids))
+if 'tokens' in extra:
+    say('Cross-entropy of masked base tokens by joint speed, and rank correlations (rho) with it:')
+    columns = list(next(iter(extra['tokens'].values())))
+    say(table(['masks', *columns], [[mask, *(f'{row[name]:.3f}' for name in columns)]
+                                    for mask, row in extra['tokens'].items()]) + '\n')
+say(f'written to {result_path}')

@@ -7,65 +7,77 @@
     python sample.py config/toy.py --prompt="a person turns" --source=walk.npy --then=sit.npy
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks"
     python sample.py config/toy.py --prompt="a person jumps" --explain=True   # HGM3's graph, MSD
-    python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a clip's MSD, drawn
+    python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a picture of its MSD
 
-For every motion, with the prompt in the file name: a GIF to look at (an MP4 too where ffmpeg is
-installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations as .bvh, in centimetres, for
-Blender and its like. Same seed, same motion.
+For every motion, named after its prompt, seed and edit: a GIF to look at (an MP4 too if ffmpeg is
+installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations of a body with constant bone
+lengths as .bvh, in centimetres, and as .glb if pygltflib is installed. Same seed, same motion.
 """
+import hashlib
+import importlib.util
 import math
 import os
 import re
 import sys
 import time
+import unicodedata
+import warnings
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import takes
-import hgm3
 import msd
-from lib.bvh import fit_rotations, write_bvh
+from generate import decoding_of, open_pipeline
+from lib import text
+from lib.bvh import MAX_FPS, fit_rotations, write_bvh
 from lib.configurator import UserError, configure
 from lib.data import FRAMES_PER_TOKEN, load_meta, load_split
 from lib.detect import describe, parse, passes
 from lib.draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
-from generate import decoding_of
-from momask import open_pipeline
+from lib.gltf import write_glb
 from lib.motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
-from lib.runtime import must_be_writable, read_array, read_text, setup
+from lib.runtime import must_be_writable, read_text, setup
+from lib.takes import read_take, take_settings
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
 data = 'toy'
-out_dir = ''                 # where the checkpoints are, '' is out/<data>
+out_dir = ''                 # where the checkpoints are; '' is out/<data>
 prompt = ''
-prompts = ''                 # a file, one prompt a line: text or text#frames, | between parts
-source = ''                  # a .bvh, or an .npy of this script: change that motion instead
-edit = ''                    # there, by shares or frames: 0.4:0.7 or 40:80,120:140
-then = ''                    # or go from source's end to this motion's beginning, in length frames
-msd_of = ''                  # draw the MSD of this clip of the data set instead: its name there
-explain = False              # also a picture of the prompt's graph, and of what is hard and complex
+prompts = ''                 # a file, one prompt a line: text, text#frames or text#NA; | between parts
+source = ''                  # edit this motion: .bvh, or .npy and .npz of joints or features
+edit = ''                    # what to regenerate, in shares or frames: 0.4:0.7 or 40:80,120:140
+then = ''                    # or continue source up to the beginning of this motion, in length frames
+joints = ''                  # how to read source and then: a json file of joint names
+unit = ''                    # m, cm, mm, inch or metres; '' is what fits a body
+up = ''                      # the axis that points up; '' finds it
+root = ''                    # of a BVH file with several roots: a name, or 1, 2 ...
+msd_of = ''                  # draw the MSD of this clip of the data set instead
+explain = False              # also draw the prompt's graph, and what is hard and complex
 length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
 samples_dir = ''             # '' is <out_dir>/samples
-footlock = False             # hold standing feet still: post-processing, *_footlock.* says so
+footlock = False             # hold standing feet still: post-processing, named *_footlock.*
+fps = 0.0                    # frames per second of .bvh and .glb; 0 is the data set's
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
-dtype = 'float32'            # the same motion on every CPU | 'bfloat16' and 'auto' are faster
-config = configure(globals(), shared='config/decoding.py', init_from=('checkpoint', 'momask'))
+dtype = 'float32'            # 'float32', the same on every CPU | 'bfloat16' and 'auto' are faster
+config = configure(globals(), shared=True)
 # -----------------------------------------------------------------------------
 out_dir = out_dir or os.path.join('out', data)
 decoding = decoding_of(config)
+reading = take_settings(joints, unit, up, root)
 if bool(source) != bool(edit or then):
-    raise UserError('Editing needs --source=motion.npy and with it --edit=0.4:0.7 or '
+    raise UserError('Editing needs --source=motion.npy together with --edit=0.4:0.7 or '
                     '--then=motion.npy.')
+if fps and not 1 <= fps <= MAX_FPS:
+    raise UserError(f'--fps is {fps:g}, expected 1 to {MAX_FPS} frames per second.')
 
 
 def draw_msd_of(name):
-    """A real clip as a strip of poses, under it phi_t (Eq 7) and Omega(t) (Eq 8) of its base tokens
+    """A real clip as a strip of poses, with phi_t (Eq 7) and Omega(t) (Eq 8) of its base tokens
     -> out_dir/msd_<name>.png"""
     tokenizer = load_tokenizer(os.path.join(out_dir, 'vq.pt'))
     folder = os.path.join('data', data)
@@ -84,26 +96,26 @@ def draw_msd_of(name):
     ids = tokenizer.encode(tokenizer.normalize(features)[None])[..., 0]
     G = msd.gram(tokenizer.quantizers[0].codebook)
     f, _ = msd.spectrum(ids, G, torch.ones_like(ids, dtype=torch.bool))
-    phi, omega = msd.unit(f), msd.complexity(f)
+    phi, omega = msd.descriptor(f), msd.complexity(f)
     title = name
     if split.n_captions[clip]:
         title += f': "{split.captions[split.first_caption[clip]]["text"]}"'
-    joints = features_to_joints(features, meta['n_joints']).numpy()
+    positions = features_to_joints(features, meta['n_joints']).numpy()
     path = os.path.join(out_dir, f'msd_{name}.png')
-    draw_msd(path, title, joints, phi[0].numpy(), omega[0].numpy(), meta['fps'])
+    draw_msd(path, title, positions, phi[0].numpy(), omega[0].numpy(), meta['fps'])
     print(f'written to {path}')
 
 
-def draw_explanation(path, caption, ids, joints):
-    """The prompt's graph, and over time what MSD calls complex in its motion's tokens (n, Q) and
-    the teacher of hard token mining calls hard (HGM3 Figs 4, 5; DynMask Fig 3)."""
-    if pipe.tags is None:   # not trained on graphs: tags of the training captions, once
-        written = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
-        pipe.tags = hgm3.tag_table(one['tokens'] for one in written)
-    nodes = [('the sentence', hgm3.MOTION, 'motion')]
-    for text, role in hgm3.graph(hgm3.tagged(caption, pipe.tags)):
-        edge = 'action' if role == hgm3.ACTION else hgm3.EDGES[role - hgm3.FIRST_EDGE]
-        nodes.append((text, min(role, 3), edge))
+def draw_explanation(path, caption, ids, positions):
+    """The prompt's graph, and over time what MSD calls complex in the motion's tokens (n, Q) and
+    what the teacher of hard token mining calls hard (HGM3 Figs 4, 5; DynMask Fig 3)."""
+    if pipe.tags is None:   # not trained on graphs: take the tags of the training captions, once
+        captions = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
+        pipe.tags = text.tag_table(one['tokens'] for one in captions)
+    nodes = [('the sentence', text.MOTION, 'motion')]
+    for words, role in text.caption_graph(text.tagged(caption, pipe.tags)):
+        edge = 'action' if role == text.ACTION else text.EDGES[role - text.FIRST_EDGE]
+        nodes.append((words, min(role, 3), edge))
 
     base = ids[None, :, 0]
     everything = torch.ones_like(base, dtype=torch.bool)
@@ -111,25 +123,30 @@ def draw_explanation(path, caption, ids, joints):
     omega = msd.zscore(msd.complexity(f), everything)[0].cpu()
     hard = None
     if pipe.teacher:
-        c, c_valid = pipe.condition([caption])
-        hard = pipe.teacher(base, c.to(pipe.device), c_valid.to(pipe.device), everything)
+        c, role = pipe.encode_text([caption])
+        hard = pipe.teacher(base, c.to(pipe.device), role.to(pipe.device), everything)
         hard = msd.zscore(hard, everything)[0].detach().cpu()
-    draw_explained(path, caption, nodes, joints, omega, hard, fps)
+    draw_explained(path, caption, nodes, positions, omega, hard, data_fps)
+
+
+# --------------------------------------------------------------------------- reading what is asked
 
 
 def read_parts(line, where):
-    """'text | text#frames' -> [(text, frames)], the parts of one motion; frames 0 where the length
-    estimator shall choose."""
+    """'text | text#frames' -> [(text, frames)], the parts of one motion. 0 frames, also for #NA,
+    asks the length estimator."""
     parts = []
     for part in line.split('|'):
-        words, mark, frames = part.partition('#')
-        if mark and not re.fullmatch(r'\s*[0-9]{1,5}\s*', frames):
+        words, mark, frames = (field.strip() for field in part.partition('#'))
+        if mark and not re.fullmatch('[0-9]{1,5}|NA', frames, re.IGNORECASE):
             raise UserError(f"{where}: '{frames:.60}' behind # is not a number of frames; expected "
-                            'text#frames.')
+                            'text#frames or text#NA.')
         if not re.search(r'\w', words):
             raise UserError(f'{where}: the prompt is empty: give --prompt="a person walks forward" '
                             'or --prompts=file.txt.')
-        parts.append((words.strip(), int(frames) if mark else length))
+        if mark:
+            frames = int(frames) if frames.isdecimal() else 0
+        parts.append((words, frames if mark else length))
     return parts
 
 
@@ -146,81 +163,66 @@ def read_prompts():
     return jobs
 
 
-def read_motion(path):
-    """Joints (T, J, 3) of this data set's skeleton, unit and fps, or a BVH file -> tokens
-    (T // 4, Q)."""
-    if path.lower().endswith('.bvh'):
-        joints = takes.read_motion(path, pipe.meta['fps']).astype(np.float32)
-    else:
-        joints = read_array(path, 'expected joints (T, J, 3) as .npy, or a .bvh file')
-    expected = (pipe.meta['n_joints'], 3)
-    good = joints.shape[1:] == expected and np.isfinite(joints).all()
-    if not good or len(joints) <= FRAMES_PER_TOKEN:
-        raise UserError(f'{path} has shape {joints.shape}, expected finite (T, {expected[0]}, 3) '
-                        f'with more than {FRAMES_PER_TOKEN} frames.')
-    joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up a frame
-    features = joints_to_features(joints, SKELETONS[pipe.meta['skeleton']],
-                                  contact_threshold=pipe.meta.get('contact_threshold'),
-                                  steady=pipe.meta.get('steady', False))
-    return pipe.encode(features.astype(np.float32))
+def read_source(path):
+    """A file of motion (see lib/takes.py) -> its tokens (T // 4, Q)."""
+    take = read_take(path, reading, data_fps, data_fps, skeleton)
+    if take.unused:
+        raise UserError(f'{joints} has {", ".join(sorted(take.unused))}, which {path} has not: '
+                        'correct these names.')
+    print(f'{path}: {"; ".join(take.notes)}')
+    if len(take.joints) <= FRAMES_PER_TOKEN:
+        raise UserError(f'{path} has {len(take.joints)} frames, expected more than '
+                        f'{FRAMES_PER_TOKEN}.')
+    positions = take.joints * skeleton.units_per_metre
+    last_step = positions[-1:] - positions[-2:-1]
+    positions = np.concatenate([positions, positions[-1:] + last_step])   # features use up a frame
+    features = joints_to_features(positions, skeleton, steady=pipe.meta.get('steady', False),
+                                  contact_threshold=pipe.meta.get('contact_threshold'))
+    return pipe.tokenize(features.astype(np.float32))
 
 
-def read_spans(text, n):
+def read_spans(spans, n):
     """'0.4:0.7' or '40:80,120:140' of a motion of n tokens -> [(first, end)] in tokens."""
-    spans = []
-    for span in text.split(','):
+    pairs = []
+    for span in spans.split(','):
         match = re.fullmatch(r'(\d*\.?\d+):(\d*\.?\d+)', span.strip())
         if not match:
-            raise UserError(f"edit is '{text}', expected shares or frames like 0.4:0.7 or 40:80.")
+            raise UserError(f"edit is '{spans}', expected shares or frames like 0.4:0.7 or 40:80.")
         shares = '.' in span
         ends = [float(x) * (n if shares else 1 / FRAMES_PER_TOKEN) for x in match.groups()]
         first, end = math.floor(ends[0]), math.ceil(ends[1])
         if not 0 <= first < end <= n:
             raise UserError(f"edit is '{span}', which is no part of {n * FRAMES_PER_TOKEN} frames.")
-        spans.append((first, end))
-    return spans
+        pairs.append((first, end))
+    return pairs
 
 
-def edited(text, frames, seed):
-    """Tokens (n, Q) of `source`, changed where `edit` says or led over to `then`."""
-    ids = read_motion(source)
+# -------------------------------------------------------------------------------------- generating
+
+
+def edited(words, frames, seed):
+    """Tokens (n, Q) of `source`, regenerated where `edit` says, or continued up to `then`."""
+    ids = read_source(source)
     spans = read_spans(edit, len(ids)) if edit else []
     if then:
-        following = read_motion(then)
+        following = read_source(then)
         wanted = frames // FRAMES_PER_TOKEN or 10
         spans.append((len(ids), len(ids) + wanted))
         ids = torch.cat([ids, ids[-1:].expand(wanted, -1), following])
-    return pipe.edit(ids, spans, text, seed, **decoding)
-
-
-if msd_of:
-    draw_msd_of(msd_of)
-    sys.exit()
-jobs = read_prompts()
-run = setup(device, dtype, seed)
-pipe = open_pipeline(config, out_dir, run.device)
-folder = samples_dir or os.path.join(out_dir, 'samples')
-must_be_writable(os.path.join(folder, 'grid.gif'))
-longest, fps = pipe.meta['max_frames'], pipe.meta['fps']
-for words, frames in (part for job in jobs for part in job):
-    if frames and not FRAMES_PER_TOKEN <= frames <= longest:
-        raise UserError(f"The length of '{words}' is {frames} frames, expected 4 to {longest} "
-                        f'({longest / fps:.1f} s at {fps} fps), or 0 to let the length estimator '
-                        'choose; longer motion is made of parts: --prompt="walk | turn | sit".')
+    return pipe.edit(ids, spans, words, seed, **decoding)
 
 
 def generated(jobs):
     """Motions in parts -> their tokens, a list of (n, Q): all parts at once, then joined."""
     parts = [part for job in jobs for part in job]
-    texts = [words for words, _ in parts]
-    c, c_valid = pipe.condition(texts)
+    c, role = pipe.encode_text([words for words, _ in parts])
     n = torch.tensor([frames // FRAMES_PER_TOKEN for _, frames in parts])
     if not n.all():
-        n = torch.where(n > 0, n, pipe.lengths(c, c_valid, seed).cpu())
+        n = torch.where(n > 0, n, pipe.lengths(c, role, seed).cpu())
     tokens = []
     for i in range(0, len(parts), 64):
         part = slice(i, i + 64)
-        ids = pipe.generate(c[part], c_valid[part], n[part], seed + i, **decoding)
+        ids = pipe.generate(c[part], role[part], n[part], seed + i, **decoding)
         tokens += [row[:k] for row, k in zip(ids, n[part].tolist())]
     motions = []
     for job in jobs:
@@ -228,6 +230,59 @@ def generated(jobs):
         motions.append(pipe.join(own, [words for words, _ in job], seed, **decoding))
     return motions
 
+
+def file_name(number, caption, positions):
+    """A path without suffix for a motion: number, prompt, seed and edit, at most 80 ASCII letters.
+    A file of another motion is never overwritten; -2, -3 ... tell them apart."""
+    latin = unicodedata.normalize('NFKD', caption.lower())
+    slug = re.sub('[^a-z0-9]+', '-', latin.encode('ascii', 'ignore').decode()).strip('-')
+    marks = f'_s{seed}'
+    if source:
+        marks += '_edit-' + re.sub('[^0-9.]+', '-', edit)[:20] if edit else '_then'
+    marks += '_footlock' if footlock else ''
+    room = 75 - len(marks)
+    if len(slug) > room or re.search(r'[^\W\d_]', re.sub('[a-z]', '', latin)):
+        slug = f'{slug[:room - 7]}-{hashlib.md5(caption.encode()).hexdigest()[:6]}'
+    path = os.path.join(folder, f'{number:03d}_{slug.strip("-")}{marks}')
+    for k in range(1, 1000):
+        candidate = path if k == 1 else f'{path}-{k}'
+        if not os.path.exists(candidate + '.npy'):
+            return candidate
+        there = np.load(candidate + '.npy', mmap_mode='r')
+        if there.shape == positions.shape and np.array_equal(there, positions):
+            return candidate   # the same motion again
+    return candidate
+
+
+def report(caption, positions):
+    """Print what a toy prompt asks for and what the detectors see in the motion -> whether they
+    agree, None if the prompt is outside the toy grammar."""
+    script = parse(caption)
+    saw = ', '.join(describe(positions)) or 'nothing'
+    if script is None:
+        print(f"not counted '{caption}': outside the toy set's grammar; seen: {saw}")
+        return None
+    done = passes(positions, script)
+    print(f"{'as asked   ' if done else 'NOT AS ASKED'} '{caption}'; seen: {saw}")
+    return done
+
+
+if msd_of:
+    draw_msd_of(msd_of)
+    sys.exit()
+jobs = read_prompts()
+run = setup(device, dtype, seed)
+pipe = open_pipeline(config, data, out_dir, run.device)
+skeleton = SKELETONS[pipe.meta['skeleton']]
+folder = samples_dir or os.path.join(out_dir, 'samples')
+must_be_writable(os.path.join(folder, 'grid.gif'))
+longest, data_fps = pipe.meta['max_frames'], pipe.meta['fps']
+for words, frames in (part for job in jobs for part in job):
+    if frames and not FRAMES_PER_TOKEN <= frames <= longest:
+        raise UserError(f"The length of '{words}' is {frames} frames, expected 4 to {longest} "
+                        f'({longest / data_fps:.1f} s at {data_fps} fps), or 0 to let the length '
+                        'estimator choose; longer motion is made of parts: '
+                        '--prompt="walk | turn | sit".')
 
 # motion
 clock = time.perf_counter()
@@ -242,46 +297,37 @@ motions = [pipe.decode(ids) for ids in tokens]
 print(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')
 
-
-def report(caption, joints):
-    """What a toy prompt asks for, what the detectors see in the motion, and whether that is it."""
-    script = parse(caption)
-    saw = ', '.join(describe(joints)) or 'nothing'
-    if script is None:
-        print(f"not counted '{caption}': outside the toy set's grammar; seen: {saw}")
-        return None
-    done = passes(joints, script)
-    print(f"{'as asked   ' if done else 'NOT AS ASKED'} '{caption}'; seen: {saw}")
-    return done
-
-
 # files
-skeleton = SKELETONS[pipe.meta['skeleton']]
-mark = '_footlock' if footlock else ''
+warnings.filterwarnings('ignore', 'Glyph .* missing')   # captions in scripts that a font lacks
+with_glb = importlib.util.find_spec('pygltflib')
 drawn = []
 for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
-    joints = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit
-    slug = re.sub(r'\W+', '-', captions[i].lower()).strip('-')[:80]
-    name = os.path.join(folder, f'{i:03d}_{slug}{mark}')
+    positions = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit
     if footlock:
-        _, _, joints = fit_rotations(joints, skeleton)   # bones of constant length
-        joints = lock_feet(joints, skeleton, fps).astype(np.float32)
-    np.save(name + '.npy', joints)
-    write_bvh(name + '.bvh', joints, skeleton, fps)
-    draw_strip(joints, name + '.png', captions[i])
-    draw_gif(joints, name + '.gif', captions[i], fps)
+        _, _, positions = fit_rotations(positions, skeleton)   # bones of constant length
+        positions = lock_feet(positions, skeleton, data_fps).astype(np.float32)
+    name = file_name(i, captions[i], positions)
+    np.save(name + '.npy', positions)
+    write_bvh(name + '.bvh', positions, skeleton, data_fps, fps)
+    draw_strip(positions, name + '.png', captions[i])
+    draw_gif(positions, name + '.gif', captions[i], data_fps)
     suffixes = 'gif, bvh, npy, png'
+    if with_glb:
+        write_glb(name + '.glb', positions, skeleton, data_fps, fps)
+        suffixes += ', glb'
     if gif_to_mp4(name + '.gif'):
         suffixes += ', mp4'
     if explain:
-        draw_explanation(name + '_explained.png', captions[i], tokens[i], joints)
-    drawn.append((captions[i], joints))
+        draw_explanation(name + '_explained.png', captions[i], tokens[i], positions)
+    drawn.append((captions[i], positions))
+    if i == 0:
+        grid = os.path.join(folder, f'grid_{os.path.basename(name)}.gif')
 if pipe.meta['name'] == 'toy':
-    verdicts = [report(caption, joints) for caption, joints in drawn]
+    verdicts = [report(*motion) for motion in drawn]
     counted = [verdict for verdict in verdicts if verdict is not None]
     print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
 others = ''
 if len(drawn) > 1:
-    draw_grid(drawn[:9], os.path.join(folder, f'grid{mark}.gif'))
-    others = f' and others, the first nine side by side in grid{mark}.gif'
+    draw_grid(drawn[:9], grid)
+    others = f' and others, the first nine side by side in {os.path.basename(grid)}'
 print(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')

@@ -1,13 +1,13 @@
-"""Which settings pay? The same training with a list of overrides and several seeds, as one table:
+"""Which settings help? Train the same network with a list of overrides and several seeds, and print
+one table:
 
     python study.py config/toy.py --what=dynmask --seeds=2 --steps=1000
     python study.py config/toy.py --what=letter                        # one departure at a time
     python study.py config/bandai.py --what=dynmask --steps=3000
 
-Every variant is `train_mask.py` and then `eval_t2m.py` on the validation split (base tokens only,
-so that residual layers hide nothing), with the config's own tokenizer and evaluator, which must be
-there. A run that is finished is not done again. The table is of what lies in out_dir, with the
-mean over seeds and, behind ±, half the distance of the furthest two.
+Every variant runs train_mask.py and then eval_t2m.py on the validation split, base tokens only (so
+that residual layers hide nothing), with the config's own tokenizer and evaluator, which must exist.
+Finished runs are not repeated. A cell is the mean over seeds ± half the range of the seeds.
 """
 import json
 import os
@@ -17,9 +17,10 @@ import sys
 import numpy as np
 
 from lib.configurator import ROOT, UserError, configure
+from lib.report import say, table
 
 # -----------------------------------------------------------------------------
-data = 'toy'
+data = 'toy'                 # data set; out/<data> has its tokenizer and evaluator
 what = 'dynmask'             # a list of STUDIES
 seeds = 2
 steps = 1000                 # of the masked transformer
@@ -37,11 +38,10 @@ STUDIES = {
         'CFS': dict(spectral_attn=False, mask_by='msd'),
         'both': dict(spectral_attn=True, mask_by='msd'),
     },
-    # each departure from the papers, taken back by itself
+    # each departure from the papers, undone by itself
     'letter': {
         'ours': {},
         'sentence': dict(text='sentence'),
-        'words': dict(text='words'),
         'AdamW': dict(optimizer='adamw'),
         'gap zero': dict(msd_gap='zero', mask_by='random', spectral_attn=True),
         'gap interpolated': dict(msd_gap='interp', mask_by='random', spectral_attn=True),
@@ -52,22 +52,19 @@ STUDIES = {
         'alpha0 .1': dict(mask_by='random', spectral_attn=True, alpha0=0.1),
         'alpha0 .3': dict(mask_by='random', spectral_attn=True),
         'alpha0 .5': dict(mask_by='random', spectral_attn=True, alpha0=0.5),
-        'constant': dict(mask_by='random', spectral_attn=True, alpha_schedule='constant'),
-        'reversed': dict(mask_by='random', spectral_attn=True, alpha_schedule='reversed'),
         'W = 4': dict(mask_by='random', spectral_attn=True, window=4),
-        'temperature': dict(mask_by='random', spectral_attn=True, fusion='temperature'),
         'Eq 13': dict(mask_by='random', spectral_attn=True, fusion='zscore'),
         'own guess': dict(mask_by='random', spectral_attn=True, msd_attn='guess',
                           msd_decode='guess'),
     },
-    # how a token learns who stands beside it
+    # how a token learns about its neighbours
     'positions': {
         'added': dict(rotary=False, neighbours=0),
         'and rotary': dict(rotary=True, neighbours=0),
         'and neighbours': dict(rotary=False, neighbours=2),
         'both': dict(rotary=True, neighbours=2),
     },
-    # three papers and what each adds, on the same tokens
+    # the three papers and what each adds, on the same tokens
     'papers': {
         'MoMask': OFF | dict(text='sentence'),
         'clauses': OFF | dict(text='clauses'),
@@ -87,12 +84,9 @@ STUDIES = {
         'half, ramp': dict(mask_by='msd', cfs_share=0.5, cfs_ramp=1.0),
     },
 }
-STUDIES['published'] = STUDIES['dynmask']   # behind config/letter.py: all else as published too
 if what not in STUDIES:
     raise UserError(f'what is {what}, expected {", ".join(STUDIES)}.')
 files = [arg for arg in sys.argv[1:] if not arg.startswith('--')]
-if what == 'published':
-    files.append(os.path.join(ROOT, 'config', 'letter.py'))
 trained = os.path.join('out', data)
 out_dir = out_dir or f'out/study_{data}'
 for file in ('vq.pt', 'evaluator.pt'):
@@ -101,7 +95,7 @@ for file in ('vq.pt', 'evaluator.pt'):
 
 
 def script(name, **settings):
-    """Run one of the project's scripts, with its output in a log file."""
+    """Run one of the project's scripts; its output goes to a log file."""
     arguments = [f'--{key}={value}' for key, value in settings.items()]
     with open(os.path.join(settings['out_dir'], name + '.log'), 'w') as log:
         code = subprocess.run([sys.executable, os.path.join(ROOT, name), *files, *arguments],
@@ -111,7 +105,7 @@ def script(name, **settings):
 
 
 def measure(overrides, seed, folder):
-    """Train and judge one variant -> its figures, {name: value}."""
+    """Train and evaluate one variant -> its figures, {name: value}."""
     result = os.path.join(folder, 'val.json')
     if not os.path.exists(result):
         os.makedirs(folder, exist_ok=True)
@@ -122,31 +116,28 @@ def measure(overrides, seed, folder):
                overwrite=True, mask_iters=steps, eval_every=steps, **overrides)
         script('eval_t2m.py', out_dir=folder, evaluator=os.path.join(trained, 'evaluator.pt'),
                split='val', repeats=repeats, mm_batches=0, eval_json=result, **decoding)
-    with open(result) as f:
+    with open(result, encoding='utf-8') as f:
         judged = json.load(f)
     figures = {f'CE {share}': loss for share, loss in judged['val'].items()}
-    return figures | {name: cell[0] for name, cell in judged['rows']['base tokens only'].items()}
+    figures |= {name: cell[0] for name, cell in judged['rows']['base tokens only'].items()}
+    return {name: np.nan if value is None else value for name, value in figures.items()}
 
 
 names = ['CE 30%', 'CE 60%', 'CE 90%', 'R@3', 'FID', 'slide cm']
 if data == 'toy':
     names += ['detectors', '1 action', '2 actions', '3 actions']
-table = []
+rows = []
 for variant, overrides in STUDIES[what].items():
     runs = []
     for seed in range(seeds):
         slug = ''.join(c if c.isalnum() else '-' for c in variant)
         folder = os.path.join(out_dir, f'{what}_{slug}_{steps}_{seed}')
         runs.append(measure(overrides, seed, folder))
-    cells = []
-    for name in names:
-        values = [figures.get(name, np.nan) for figures in runs]
-        cells.append(f'{np.mean(values):.3f} ±{np.ptp(values) / 2:.3f}')
-    table.append(f'| {variant} | ' + ' | '.join(cells) + ' |')
-    print(table[-1], flush=True)
+    values = [[figures.get(name, np.nan) for figures in runs] for name in names]
+    rows.append([variant, *(f'{np.mean(x):.3f} ±{np.ptp(x) / 2:.3f}' for x in values)])
+    say(' | '.join(rows[-1]))
 
-heading = f'\n{data}, {steps} steps, {seeds} seeds\n\n| {what} | ' + ' | '.join(names) + ' |\n'
-heading += '| --- ' * (len(names) + 1) + '|\n'
-with open(os.path.join(out_dir, f'{what}_{steps}.md'), 'w') as f:
-    f.write(heading + '\n'.join(table) + '\n')
-print(heading + '\n'.join(table))
+text = f'\n{data}, {steps} steps, {seeds} seeds\n\n{table([what, *names], rows)}\n'
+with open(os.path.join(out_dir, f'{what}_{steps}.md'), 'w', encoding='utf-8') as f:
+    f.write(text)
+say(text)

@@ -1,11 +1,11 @@
 """Residual VQ-VAE (MoMask 3.1): motion features <-> layers of discrete tokens, one per 4 frames.
 
     motion (B, T, D) -> conv encoder -> latents (B, T/4, code_dim)
-                     -> Q codebooks in turn, each coding what the ones before it left over
+                     -> Q codebooks, each coding the residual of the ones before it
                      -> ids (B, T/4, Q) -> sum of code vectors -> conv decoder -> motion
 
-Motion here is normalized: (features - mean) / std, with the model's own mean and std (buffers, so
-that a checkpoint carries them). `normalize` and `denormalize` convert.
+"Motion" in this file is normalized, (features - mean) / std, with the model's own mean and std.
+They are buffers, so a checkpoint carries them; `normalize` and `denormalize` convert.
 """
 import hashlib
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from msd import gumbel_like
-from lib.runtime import config_from, gather, load, load_named
+from lib.runtime import config_from, gather, load, load_weights
 
 
 @dataclass
@@ -29,8 +28,7 @@ class VQConfig:
     dilation: int = 3            # dilation growth within them
     down: int = 2                # stride-2 stages: 2**down frames per token
     mu: float = 0.99             # EMA decay of the codebooks
-    reset_below: float = 1.0     # a code with fewer vectors a step (EMA) moves; 1 as in T2M-GPT
-    sample: float = 0.0          # training draws codes at this temperature; 0: the nearest
+    reset_below: float = 1.0     # codes with a lower EMA count are reset; 1 as in T2M-GPT
 
 
 # ------------------------------------------------------------------------------ encoder and decoder
@@ -77,38 +75,35 @@ def make_decoder(config):
 
 
 class Quantizer(nn.Module):
-    """One codebook (V, code_dim), learned by exponential moving average. Codes that nothing uses
-    are moved onto data."""
+    """One codebook (V, code_dim), learned by exponential moving average (EMA). Rarely used codes are
+    reset to vectors of the batch."""
 
     def __init__(self, config):
         super().__init__()
         self.mu = config.mu
         self.reset_below = config.reset_below
-        self.sample = config.sample
         self.register_buffer('codebook', torch.zeros(config.n_codes, config.code_dim))
         self.register_buffer('code_sum', torch.zeros(config.n_codes, config.code_dim))
         self.register_buffer('code_count', torch.zeros(config.n_codes))
 
     def nearest(self, r):
         """DynMask Eq 1: ids (N,) of the codes nearest to r (N, code_dim)."""
-        # squared, less |r|^2, which all codes share
+        # the squared distance without |r|^2, which is the same for all codes
         distance = self.codebook.square().sum(1) - 2 * r @ self.codebook.T
-        if self.training and self.sample:
-            distance = distance - self.sample * gumbel_like(distance, None)
         return distance.argmin(1)
 
     @torch.no_grad()
     def init(self, vectors):
-        """First batch: every code becomes one of the data's vectors (V, code_dim)."""
+        """Start from vectors (V, code_dim) of the first batch."""
         self.codebook.copy_(vectors)
         self.code_sum.copy_(vectors)
         self.code_count.fill_(1.0)
 
     @torch.no_grad()
     def update(self, r, ids, spare):
-        """An EMA step from vectors r (N, code_dim), their ids (N,), and spare vectors
-        (V, code_dim) for unused codes. All three cover the global batch, so every rank takes the
-        same step. torch.where, not if: the host never waits for the device."""
+        """An EMA step from vectors r (N, code_dim), their ids (N,), and spare vectors (V, code_dim)
+        for codes that are reset. All three cover the global batch, so all ranks take the same step.
+        torch.where instead of if: the host never waits for the device."""
         one_hot = F.one_hot(ids, len(self.codebook)).to(r.dtype)
         self.code_count.lerp_(one_hot.sum(0), 1 - self.mu)
         self.code_sum.lerp_(one_hot.T @ r, 1 - self.mu)
@@ -135,33 +130,33 @@ class RVQVAE(nn.Module):
         self.quantizers = nn.ModuleList(Quantizer(config) for _ in range(config.n_quantizers))
 
     def normalize(self, features):
-        # a feature that never varies has std ~ 0: it carries nothing, and must not become 1e8
+        # a constant feature has std ~ 0, and must not be blown up to 1e8
         return (features - self.mean) / self.std.clamp(min=1e-4)
 
     def denormalize(self, motion):
         return motion * self.std.clamp(min=1e-4) + self.mean
 
     def encode_latent(self, motion):
-        """motion (B, T, D) normalized -> latents (B, T / 4, code_dim)."""
+        """motion (B, T, D) -> latents (B, T / 4, code_dim)."""
         return self.encoder(motion.transpose(1, 2)).transpose(1, 2)
 
     def decode_latent(self, b):
-        """Code vectors (B, n, code_dim) -> motion (B, 4 n, D), normalized."""
+        """Code vectors (B, n, code_dim) -> motion (B, 4 n, D)."""
         return self.decoder(b.transpose(1, 2)).transpose(1, 2)
 
     def quantize(self, z, n_active=None):
         """MoMask Eq 1: b^v = Q(r^v), r^{v+1} = r^v - b^v.
 
-        z (B, n, code_dim), using the first n_active quantizers (all when None; a tensor is fine).
-        Returns ids (B, n, Q), the sum of codes (B, n, code_dim), the commitment losses of all
-        layers summed, and the residuals that each quantizer saw, [(B n, code_dim)] * Q.
+        z (B, n, code_dim); n_active: use the first so many quantizers only (an int or a tensor).
+        Returns ids (B, n, Q), the sum of code vectors (B, n, code_dim), the sum of all layers'
+        commitment losses, and the input of each quantizer, [(B n, code_dim)] * Q.
         """
         B, n, _ = z.shape
         ids = []
         residuals = []
         total = 0
         commit = 0.0
-        with torch.autocast(z.device.type, enabled=False):   # in bfloat16 other codes are nearest
+        with torch.autocast(z.device.type, enabled=False):   # bfloat16 would pick other codes
             r = z.float().reshape(B * n, -1)
             for v, quantizer in enumerate(self.quantizers):
                 i = quantizer.nearest(r.detach())
@@ -177,18 +172,18 @@ class RVQVAE(nn.Module):
         return torch.stack(ids, -1).view(B, n, -1), total.view(z.shape), commit, residuals
 
     def forward(self, motion, n_active=None):
-        """motion (B, T, D) normalized -> reconstruction (B, T, D), commitment loss (mean over
-        layers), ids (B, n, Q), residuals for `update_codebooks`."""
+        """motion (B, T, D) -> reconstruction (B, T, D), commitment loss (mean over layers), ids
+        (B, n, Q), residuals for `update_codebooks`."""
         z = self.encode_latent(motion)
         ids, b, commit, residuals = self.quantize(z, n_active)
-        b = z + (b - z).detach()   # straight-through: the decoder's gradient goes to the encoder
+        b = z + (b - z).detach()   # straight-through: pass the decoder's gradient to the encoder
         y = self.decode_latent(b.to(z.dtype))
         return y, commit / len(self.quantizers), ids, residuals
 
     @torch.no_grad()
     def init_codebooks(self, motion, generator):
-        """Fill the codebooks from a first batch, layer by layer, so that each starts on what the
-        last left over."""
+        """Fill the codebooks from the first batch, layer by layer, each from the residuals of the
+        layers before it."""
         r = gather(self.encode_latent(motion).float().reshape(-1, self.config.code_dim))
         for quantizer in self.quantizers:
             quantizer.init(self.pick(r, generator))
@@ -196,9 +191,9 @@ class RVQVAE(nn.Module):
 
     @torch.no_grad()
     def update_codebooks(self, ids, residuals, n_active, generator):
-        """EMA and resets after a training step; layers that quantization dropout switched off learn
-        nothing. With torch.distributed every rank gathers the global batch and steps alike (8 MB a
-        step at the released size)."""
+        """EMA and resets after a training step, for the layers that quantization dropout kept. With
+        torch.distributed every rank gathers the global batch and takes the same step (8 MB per step
+        at the released size)."""
         for v, quantizer in enumerate(self.quantizers[:n_active]):
             r = gather(residuals[v])
             i = gather(ids[..., v].reshape(-1))
@@ -211,17 +206,17 @@ class RVQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, motion):
-        """motion (B, T, D) normalized, T a multiple of 4 -> ids (B, T / 4, Q)."""
+        """motion (B, T, D), T a multiple of 4 -> ids (B, T / 4, Q)."""
         return self.quantize(self.encode_latent(motion))[0]
 
     @torch.no_grad()
     def decode(self, ids):
-        """ids (B, n, q) of the first q <= Q quantizers -> motion (B, 4 n, D), normalized."""
+        """ids (B, n, q) of the first q <= Q quantizers -> motion (B, 4 n, D)."""
         layers = zip(self.quantizers, ids.unbind(-1))
         return self.decode_latent(sum(quantizer.codebook[i] for quantizer, i in layers))
 
     def fingerprint(self):
-        """A short hash of everything that decides which id means what. Transformers remember it."""
+        """A short hash of everything that decides what an id means; checkpoints keep it."""
         h = hashlib.blake2b(digest_size=8)
         codebooks = [quantizer.codebook for quantizer in self.quantizers]
         for x in (*self.encoder.state_dict().values(), *codebooks, self.mean, self.std):
@@ -234,5 +229,5 @@ def load_tokenizer(path):
     checkpoint = load(path, 'run `python train_vq.py` with this config first', 'vq',
                       ('config', 'model'))
     model = RVQVAE(config_from(VQConfig, checkpoint['config'], path))
-    load_named(model, checkpoint['model'], path)
+    load_weights(model, checkpoint['model'], path)
     return model.eval()

@@ -28,4 +28,4 @@ len_iters = 700
 eval_every = 500
 # decoding
 cond_scale = 3.0             # picked on val: 2, 3, 4
-res_scale = 1.0              # 5 makes FID worse than without residual layers: RESULTS.md
+res_scale = 1.0              # 5 is worse than no residual layers: LOG.md

@@ -1,99 +1,133 @@
-"""BVH motion files: reading and forward kinematics; fitting rotations to joints, and writing.
+"""BVH motion files: reading, forward kinematics, fitting rotations to joint positions, writing.
 
-A file has two parts. HIERARCHY nests the joints in braces, each with an OFFSET from its parent and
-a list of CHANNELS; MOTION gives the frame rate and then one row of channel values a frame.
+A BVH file has two parts. HIERARCHY nests the joints in braces, each with an OFFSET from its parent
+and a list of CHANNELS. MOTION gives the frame rate, then one row of channel values per frame. The
+reader accepts what Blender accepts: any case, spaces in names, named end sites, comments.
 """
+import codecs
 import re
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation, Slerp
 
 from lib.configurator import UserError
-from lib.motion import unit
+from lib.motion import unit_vectors
 from lib.runtime import read
 
-FASTEST = 2000          # frames a second; at 1 a second or fewer nobody has recorded motion
-FURTHEST = 1e7          # of any number: 100 km in centimetres
-# a joint down to its first child, an end site, or the end of a joint
-PART = re.compile(r'(?:ROOT|JOINT) (?P<name>\S+) { OFFSET (?P<offset>\S+ \S+ \S+) CHANNELS \d+ ?'
-                  r'(?P<channels>(?:[XYZ](?:position|rotation) ?)*)|'
-                  r'End \S+ { OFFSET \S+ \S+ \S+ } ?|(?P<end>} ?)', re.IGNORECASE)
-TIMING = re.compile(rb'\s*Frames:\s*(\d{1,9})\s+Frame\s+Time:\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)')
+MAX_FPS = 2000     # nothing is recorded faster, and nothing at less than 1 frame per second
+MAX_VALUE = 1e7    # of an offset or a channel: 100 km in centimetres
+
+COMMENT = re.compile(r'(?m)(?:^|(?<=\s))(?:#|//).*$')
+MOTION_LINE = re.compile(r'(?im)^[ \t]*MOTION\b')
+# the beginning of a joint or an end site up to its first child, or the end of one
+NODE = re.compile(
+    r'(?:(?:ROOT|JOINT) (?P<name>[^{}]+) |END \w+ (?P<site>[^{}]*))\{ '
+    r'OFFSET (?P<offset>\S+ \S+ \S+) '
+    r'(?:CHANNELS \d+ (?P<channels>(?:[XYZ](?:position|rotation) )*))?|(?P<end>\} )',
+    re.IGNORECASE)
+TIMING = re.compile(r'\s*Frames\s*:\s*(\d{1,9})\s+Frame\s+Time\s*:\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)',
+                    re.IGNORECASE)
 
 
-def read_bvh(file):
+def read_bvh(file, notes=None):
     """A BVH file -> (names, parents (J,), offsets (J, 3), channels, frames (T, C), fps).
 
-    file: a path, or (name, bytes) when the bytes are at hand (an archive's member). channels holds
-    one tuple of channel names per joint; end sites are left out; lengths are in the file's unit.
-    UserError, one sentence naming the file, for anything that does not parse.
+    file: a path, or (name, bytes) for content that is in memory, such as a member of an archive.
+    channels holds a tuple of channel names for each joint. An end site is a joint too, with the
+    name given in the file or '<parent>_end'. Lengths are in the file's unit. notes: a list that
+    gets a sentence if the file contradicts itself harmlessly. UserError if it cannot be read.
     """
     if isinstance(file, tuple):
-        file, data = file
+        file, content = file
     else:
-        data = read(file, 'expected a BVH file', lambda path: Path(path).read_bytes())
-    hierarchy, motion_word, motion = data.partition(b'MOTION')
-    if not hierarchy.lstrip().startswith(b'HIERARCHY') or not motion_word:
+        content = read(file, 'expected a BVH file', lambda path: Path(path).read_bytes())
+    text = COMMENT.sub('', _decode(content).replace('\r', '\n'))
+    hierarchy, *motion = MOTION_LINE.split(text, maxsplit=1)
+    if not hierarchy.lstrip()[:9].upper() == 'HIERARCHY' or not motion:
         raise UserError(f'{file} is not a BVH file: it lacks the words HIERARCHY and MOTION; '
                         'export it as BVH again')
-    names, parents, offsets, channels = _read_hierarchy(file, hierarchy)
+    names, parents, offsets, channels, is_site = _read_hierarchy(file, hierarchy)
 
-    timing = TIMING.match(motion)
-    if not timing or not 1 / FASTEST <= float(timing[2]) <= 1:
-        raise UserError(f'{file} has no "Frames:" and "Frame Time:" lines after MOTION that make '
-                        f'sense (a frame takes 1 second at most, 1/{FASTEST} at least); export it '
-                        'as BVH again')
-    n_frames = int(timing[1])
-    width = sum(len(c) for c in channels)
+    timing = TIMING.match(motion[0])
+    if not timing or not 1 / MAX_FPS <= float(timing[2]) <= 1:
+        raise UserError(f'{file} has no valid "Frames:" and "Frame Time:" lines after MOTION (a '
+                        f'frame takes 1/{MAX_FPS} to 1 second); export it as BVH again')
     try:
-        values = np.array(motion[timing.end():].split(), dtype=np.float64)
+        values = np.array(motion[0][timing.end():].split(), dtype=np.float64)
     except ValueError:
         raise UserError(f'{file} has text that is not a number in its MOTION block; '
-                        'repair or drop the file') from None
-    good = (np.abs(values) < FURTHEST).all()   # nor is NaN
-    if values.size != n_frames * width or not good or not width:
-        found = 'NaN, infinity or huge numbers'
-        if good:
-            found = f'{values.size / max(width, 1):.4g} frames'
-        raise UserError(f'{file} holds {found} where its header promises {n_frames} frames of '
-                        f'{width} numbers; it is truncated or damaged: copy it again')
-    return names, parents, offsets, channels, values.reshape(n_frames, width), 1 / float(timing[2])
+                        'repair or remove the file') from None
+
+    # end sites with channels: some files have values for them, others have not
+    n_frames = int(timing[1])
+    without_sites = [() if site else c for site, c in zip(is_site, channels)]
+    for channels in (channels, without_sites):
+        width = sum(map(len, channels))
+        rows, rest = divmod(values.size, max(width, 1))
+        if width and rows and not rest and abs(rows - n_frames) <= 1:
+            break
+    else:
+        raise UserError(f'{file} holds {values.size / max(width, 1):.4g} frames where its header '
+                        f'promises {n_frames} frames of {width} numbers; it is truncated or '
+                        'damaged: copy it again')
+    if not (np.abs(values) < MAX_VALUE).all():   # false for NaN as well
+        raise UserError(f'{file} holds NaN, infinity or huge numbers in its MOTION block; '
+                        'repair or remove the file')
+    if notes is not None and rows != n_frames:
+        notes.append('the header counts one frame more or less than there are')
+    return names, parents, offsets, channels, values.reshape(rows, width), 1 / float(timing[2])
+
+
+def _decode(content):
+    """Bytes -> text, with or without a byte order mark."""
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return content.decode('utf-16', errors='replace')
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        return content.decode('latin-1')
 
 
 def _read_hierarchy(file, text):
-    names, parents, offsets, channels = [], [], [], []
-    above = [-1]   # the joints whose braces are open
-    text = ' '.join(text.decode('latin-1').split()[1:])
-    at = 0
+    names, parents, offsets, channels, is_site = [], [], [], [], []
+    open_joints = [-1]   # those whose braces are open
+    text = ' '.join(re.sub(r'([{}])', r' \1 ', text).split()[1:]) + ' '
+    position = 0
     try:
-        while at < len(text):
-            part = PART.match(text, at)
-            at = part.end()
-            if part['name']:
-                parents.append(above[-1])
-                above.append(len(names))
-                names.append(part['name'])
-                offsets.append([float(x) for x in part['offset'].split()])
-                channels.append(tuple(part['channels'].lower().split()))
-            elif part['end']:
-                above.pop()
-        once = all(len(set(c)) == len(c) for c in channels)
-        if not names or above != [-1] or not once or not (np.abs(offsets) < FURTHEST).all():
-            raise ValueError('braces, channels or offsets')
+        while position < len(text):
+            node = NODE.match(text, position)
+            position = node.end()
+            if node['end']:
+                open_joints.pop()
+                continue
+            parent = open_joints[-1]
+            if parent >= 0 and is_site[parent]:
+                raise ValueError('a child of an end site')
+            open_joints.append(len(names))
+            is_site.append(node['name'] is None)
+            parents.append(parent)
+            names.append(node['name'] or node['site'].strip() or f'{names[parent]}_end')
+            offsets.append([float(x) for x in node['offset'].split()])
+            channels.append(tuple((node['channels'] or '').lower().split()))
+        distinct = all(len(set(c)) == len(c) for c in channels)
+        if not names or open_joints != [-1] or not distinct:
+            raise ValueError('braces or channels')
+        if not (np.abs(offsets) < MAX_VALUE).all():
+            raise ValueError('offsets')
     except (ValueError, AttributeError, IndexError):   # no match, or no brace is open
         raise UserError(f'{file} has a HIERARCHY that cannot be read (after {len(names)} joints); '
                         'export it as BVH again') from None
-    return names, np.array(parents), np.array(offsets), channels
+    return names, np.array(parents), np.array(offsets), channels, is_site
 
 
 def bvh_to_joints(parents, offsets, channels, frames):
     """Forward kinematics of what `read_bvh` returns: world positions (T, J, 3), in its units.
 
-    Position channels replace a joint's OFFSET; rotations (degrees) multiply in their listed order.
+    Position channels replace a joint's OFFSET. Rotations (degrees) multiply in their listed order.
     """
     joints = np.zeros((len(frames), len(parents), 3))
-    rotations = []           # of each joint in the world
+    rotations = []           # of each joint, in the world
     columns = iter(frames.T)
     for j, parent in enumerate(parents):
         local = np.tile(offsets[j], (len(frames), 1))
@@ -112,16 +146,15 @@ def bvh_to_joints(parents, offsets, channels, frames):
     return joints
 
 
-# -------------------------------------------------------------------------------------------------
-# Writing
+# ------------------------------------------------------------------------------- fitting rotations
 
-ORDER = 'ZXY'   # of the rotations, as Bandai-Namco and most others write them
-BENDS = {'knee': (0, 0, -1), 'elbow': (0, 0, 1)}   # where shin and forearm go from a T-pose
+# where shin and forearm go when the joint bends, starting from a T-pose
+HINGE_BENDS = {'knee': (0, 0, -1), 'elbow': (0, 0, 1)}
 
 
 def t_pose(skeleton):
-    """Directions (J, 3) of the bones where all rotations are zero: arms sideways, feet ahead. The
-    body faces Z+, its left is X+."""
+    """Directions (J, 3) of the bones at zero rotation: arms sideways, feet forward. The body faces
+    Z+ and its left is X+."""
     directions = np.tile([0.0, 1.0, 0.0], (skeleton.n_joints, 1))   # spine, neck and head
     for j, name in enumerate(skeleton.names):
         side, _, part = name.partition('_')
@@ -136,74 +169,98 @@ def t_pose(skeleton):
 
 
 def _nearest_rotation(matrices):
-    """Sums of products of vectors with those at rest (T, 3, 3) -> the rotations that bring these
-    nearest to them (Kabsch)."""
+    """Sums of outer products of vectors with those at rest (T, 3, 3) -> the rotations that align
+    the vectors at rest with them best (Kabsch)."""
     u, _, vt = np.linalg.svd(matrices)
     u[..., 2] *= np.linalg.det(u @ vt)[:, None]
     return u @ vt
 
 
-def _rest_shape(bones, skeleton, fans):
+def _rest_shape(bones, skeleton, children):
     """Bones (T, J, 3) -> their directions (J, 3) in a T-pose with this body's feet, hips and
-    shoulders: what is one piece keeps its shape, and feet slope as they mostly do. fans: for each
-    joint, its children's numbers."""
+    shoulders. Bones that start at one joint keep their angles, and feet their usual slope.
+    children: the child joints of each joint."""
     rest = t_pose(skeleton)
     for j, name in enumerate(skeleton.names):
         if name.endswith(('heel', 'foot')):
             rest[j, 1] = np.median(bones[:, j, 1])
             rest[j, 2] = np.sqrt(max(0.0, 1 - rest[j, 1] ** 2))
-    for fan in fans:
+    for fan in children:
         if len(fan) < 2:
             continue
-        for _ in range(5):   # turn each frame's fan onto the mean shape so far, take the mean
+        for _ in range(5):   # align every frame with the mean shape so far, then average again
             rotation = _nearest_rotation(bones[:, fan].mT @ rest[fan])
-            rest[fan] = unit((bones[:, fan] @ rotation).mean(0))
+            rest[fan] = unit_vectors((bones[:, fan] @ rotation).mean(0))
     return rest
 
 
 def fit_rotations(joints, skeleton):
     """Joints (T, J, 3) -> offsets (J, 3) in a T-pose, world rotations (T, J, 3, 3), and the joints
-    (T, J, 3) that these two make: a body whose bones keep their median lengths.
+    (T, J, 3) that these two give: a body whose bones keep their median lengths.
 
-    Rotations point the bones at the joints they should reach, from where the fitted body has come
-    so far, so errors do not add up. A bone's turn about itself is the one that makes the next one
-    bend like a knee or an elbow, the more it bends the more so, and else its parent's. Off by 0.07
-    mm on average on real clips of bandai, 3.4 mm on generated ones, whose bones are not rigid.
+    Each rotation points a bone at the joint that it should reach, starting from where the fitted
+    body is so far, so errors do not accumulate. The rotation of a bone about itself is chosen so
+    that the next bone bends like a knee or an elbow, the more the larger the bend, and otherwise
+    as its parent's. {ERRORS}
     """
     joints = np.asarray(joints, dtype=np.float64)
     parents = skeleton.parents
-    fans = [np.flatnonzero(parents == j) for j in range(skeleton.n_joints)]
-    fans[0] = fans[0][1:]   # the root is its own parent
+    children = [np.flatnonzero(parents == j) for j in range(skeleton.n_joints)]
+    children[0] = children[0][1:]   # the root is its own parent
     bones = joints - joints[:, parents]
     lengths = np.median(np.linalg.norm(bones, axis=-1), axis=0)[:, None]
-    rest = _rest_shape(unit(bones), skeleton, fans)
+    rest = _rest_shape(unit_vectors(bones), skeleton, children)
     offsets = lengths * rest
 
-    # where a bone is not of its length, half of the difference is left to the joint before it
+    # where a bone differs from its median length, the joint before it takes half of the difference
     goals = joints.copy()
-    for fan in fans:
+    for fan in children:
         if len(fan) == 1:
-            goals[:, parents[fan]] += (bones - lengths * unit(bones))[:, fan] / 2
+            goals[:, parents[fan]] += (bones - lengths * unit_vectors(bones))[:, fan] / 2
 
     fitted = joints.copy()
     world = np.tile(np.eye(3), (*joints.shape[:2], 1, 1))
-    for j, fan in enumerate(fans):
-        aims = unit(goals[:, fan] - fitted[:, j, None])
-        # the aim decides; its parent's turn only where the aim leaves it open
+    for j, fan in enumerate(children):
+        aims = unit_vectors(goals[:, fan] - fitted[:, j, None])
+        # the aim decides; the parent's rotation counts only where the aim leaves it open
         wanted = 1000 * (aims.mT @ rest[fan]) + 0.03 * world[:, parents[j]]
         hinge = skeleton.names[fan[0]].split('_')[-1] if len(fan) == 1 else ''
-        if hinge in BENDS:
-            axis = np.cross(rest[fan], BENDS[hinge])
-            bend = np.cross(aims, unit(bones[:, fans[fan[0]]]))   # as long as the angle's sine
-            wanted += (bend * np.linalg.norm(bend, axis=-1, keepdims=True)).mT @ axis
+        if hinge in HINGE_BENDS:
+            axis = np.cross(rest[fan], HINGE_BENDS[hinge])
+            bend = np.cross(aims, unit_vectors(bones[:, children[fan[0]]]))
+            weight = np.linalg.norm(bend, axis=-1, keepdims=True)   # sine of the angle
+            wanted += (bend * weight).mT @ axis
         world[:, j] = _nearest_rotation(wanted)
         fitted[:, fan] = fitted[:, j, None] + offsets[fan] @ world[:, j].swapaxes(-1, -2)
     return offsets, world, fitted
 
 
+def local_rotations(joints, skeleton, fps, new_fps):
+    """Joints (T, J, 3) at fps -> offsets (J, 3), rotations relative to the parent (T', J, 3, 3) and
+    root positions (T', 3) at new_fps. Rotations are interpolated as rotations (slerp), so bones
+    keep their lengths between frames too."""
+    offsets, world, _ = fit_rotations(joints, skeleton)
+    local = world[:, skeleton.parents].swapaxes(-1, -2) @ world
+    local[:, 0] = world[:, 0]
+    root = np.asarray(joints, dtype=np.float64)[:, 0]
+    if new_fps == fps:
+        return offsets, local, root
+    frames = np.arange(len(local))
+    at = np.arange(0, len(local) - 1 + 1e-6, fps / new_fps).clip(max=len(local) - 1)
+    turned = [Slerp(frames, Rotation.from_matrix(local[:, j]))(at).as_matrix()
+              for j in range(skeleton.n_joints)]
+    root = np.stack([np.interp(at, frames, axis) for axis in root.T], -1)
+    return offsets, np.stack(turned, 1), root
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+ORDER = 'ZXY'   # order of the rotation channels, as in Bandai-Namco's and most other files
+
+
 def _without_jumps(angles):
-    """Angles (T, J, 3) of middle axis 1: each turn can be written in two ways and with any number
-    of full turns; take what is nearest to the frame before."""
+    """Euler angles (T, J, 3) whose middle axis is 1 -> the same rotations, each written in the way
+    that is nearest to the frame before. (There are two ways, plus any number of full turns.)"""
     ways = np.stack([angles, angles * [1, -1, 1] + 180])
     smooth = np.zeros_like(angles)
     before = np.zeros_like(angles[0])
@@ -215,18 +272,19 @@ def _without_jumps(angles):
     return smooth
 
 
-def write_bvh(path, joints, skeleton, fps=None):
-    """Write joints (T, J, 3), in the skeleton's unit, as a BVH file in centimetres: rotations of
-    bones of constant length, and positions of the root. fps: the skeleton's."""
+def write_bvh(path, joints, skeleton, fps=None, new_fps=None):
+    """Write joints (T, J, 3), in the skeleton's unit and at fps (default the skeleton's), as a BVH
+    file in centimetres at new_fps (default fps): rotations of bones of constant length, and
+    positions of the root."""
+    fps = fps or skeleton.fps
+    new_fps = new_fps or fps
     joints = np.asarray(joints) * (100 / skeleton.units_per_metre)
-    offsets, world, _ = fit_rotations(joints, skeleton)
-    local = world[:, skeleton.parents].swapaxes(-1, -2) @ world
-    local[:, 0] = world[:, 0]
+    offsets, local, root = local_rotations(joints, skeleton, fps, new_fps)
     angles = Rotation.from_matrix(local.reshape(-1, 3, 3)).as_euler(ORDER, degrees=True)
-    angles = _without_jumps(angles.reshape(joints.shape))
+    angles = _without_jumps(angles.reshape(local.shape[:-1]))
 
     lines = ['HIERARCHY']
-    columns = [joints[:, 0]]
+    columns = [root]
 
     def write_joint(j, depth):
         tab = '  ' * depth
@@ -247,7 +305,7 @@ def write_bvh(path, joints, skeleton, fps=None):
         lines.append(f'{tab}}}')
 
     write_joint(0, 0)
-    lines += ['MOTION', f'Frames: {len(joints)}', f'Frame Time: {1 / (fps or skeleton.fps):.8f}']
+    lines += ['MOTION', f'Frames: {len(root)}', f'Frame Time: {1 / new_fps:.8f}']
     for row in np.concatenate(columns, axis=1):
         lines.append(' '.join(f'{value:.4f}' for value in row))
     with open(path, 'w', encoding='utf-8') as f:

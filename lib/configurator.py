@@ -1,219 +1,193 @@
-"""nanoGPT's override idea, with words. A script's settings are globals with a comment each, then
+"""Poor man's configurator, after nanoGPT's. The settings of a script are globals with a comment
+each, between two rules, followed by
 
-    from configurator import configure
+    from lib.configurator import configure
     config = configure(globals())
 
-so that `python train_mask.py config/toy.py --alpha0=0 --seed=1` runs config/toy.py and then the two
-overrides on top of the defaults. One config file serves all scripts: a key in it that this script
-does not use is fine as long as some script here does. On the command line a key must be this
-script's own. A mistake anywhere in the project is a UserError: one sentence, exit code 2.
+`python train_mask.py config/toy.py --alpha0=0 --seed=1` then runs config/toy.py, and the two
+overrides after it, on top of the defaults. One config file serves all scripts: it may set a key
+that this script does not have, as long as another script has it. On the command line a key must be
+one of the script's own.
+
+The comment of a setting also says which strings are allowed: where it contains ' | ', the words in
+quotes. Any mistake of the user, anywhere in the project, is a UserError: one sentence, exit code 2.
 """
 import errno
 import functools
 import glob
+import math
 import os
 import re
+import signal
 import sys
+import threading
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the project
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the project's folder
+SHARED = os.path.join(ROOT, 'config', 'decoding.py')   # settings that several scripts have
+NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # characters that UTF-8 or a file name cannot hold
 
-NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # what UTF-8 has no bytes for, and the zero byte
-
-given = set()   # keys that a config file or the command line has set
-
-# What a number may be, lowest and highest, in one table, because scripts share settings; others
-# need only be finite. A slip of the finger shall not take all memory: --window=1000 did.
-RANGES = {key: (low, high) for low, high, keys in (
-    (0, 2**32 - 1, 'seed'),   # numpy's
-    (0, 2**16 - 1, 'port'),
-    (1, 10**9, 'mask_iters res_iters len_iters vq_iters ev_steps steps eval_every vq_eval_every '
-               'ev_eval_every repeats seeds rounds clips overlap'),
-    (0, 10**9, 'ev_ae_steps warmup vq_warmup motion_steps action_steps max_clips mm_batches warm'),
-    (1, 10**4, 'log_every'),
-    (1, 2**16, 'batch_size vq_batch ev_batch batch prompts'),
-    (0, 2**16, 'gen_batch length'),
-    (-1, 64, 'res_layers'),
-    (1, 2**14, 'latent ff code_dim vq_width '
-               'ev_movement ev_code ev_motion_hidden ev_text_hidden ev_out'),
-    (1, 128, 'n_layers n_heads n_quantizers'),
-    (0, 6, 'vq_depth'),
+# Bounds of the numbers that could otherwise take all memory or never end (--window=1000 once did).
+# Other numbers must be finite and, unless their default is negative, not negative.
+LIMITS = {key: (low, high) for low, high, keys in (
+    (0, 2**32 - 1, 'seed'),
+    (1, 10**9, 'mask_iters res_iters len_iters vq_iters eval_every vq_eval_every ev_eval_every '
+               'log_every steps repeats rounds clips seeds'),
+    (1, 2**16, 'batch_size vq_batch ev_batch batch prompts window_frames frames max_tokens'),
+    (1, 2**14, 'latent ff code_dim vq_width ev_movement ev_code ev_motion_hidden ev_text_hidden '
+               'ev_out'),
+    (1, 128, 'n_layers n_heads n_quantizers window'),
     (2, 2**15, 'n_codes'),   # token ids are int16
-    (1, 64, 'window'),
     (0, 64, 'r_exp neighbours'),
-    (4, 2**16, 'window_frames frames max_tokens'),
-    (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp hard_first hard_last teacher_momentum cond_drop '
-           'res_cond_drop quantize_dropout anneal'),
+    (0, 6, 'vq_depth'),
+    (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp cond_drop quantize_dropout anneal'),
     (0, 0.99, 'dropout'),
     (1e-6, 1, 'top_share'),
-    (0, 10, 'lr vq_lr ev_lr weight_decay ev_weight_decay'),
-    (1e-9, 1e12, 'grad_clip'),
-    (1e-4, 1e3, 'temperature res_temperature'),
-    (-100, 100, 'cond_scale res_scale'),
-    (0, 1e6, 'w_position w_rotation w_foot w_heading w_commit vq_reset_below vq_sample '
-             'cfs_noise lambda_D beta sigma_max'),
+    (1e-4, 1e12, 'temperature res_temperature grad_clip'),
 ) for key in keys.split()}
-
-# What a text may be, where only some are understood.
-CHOICES = dict(
-    device=('auto', 'cpu', 'cuda'),
-    dtype=('auto', 'bfloat16', 'float32'),
-    # training
-    stage=('mask', 'res', 'len'),
-    text_encoder=('clip', 'hash'),
-    text=('sentence', 'clauses', 'words', 'graph'),
-    mask_by=('msd', 'velocity', 'random', 'loss', 'msd+loss'),
-    alpha_schedule=('decay', 'constant', 'reversed'),
-    fusion=('rescaled', 'zscore', 'temperature'),
-    msd_embed=('codebook', 'learned'),
-    msd_gap=('interp', 'zero'),
-    msd_attn=('visible', 'clean', 'guess'),
-    omega=('energy', 'flatness'),
-    token_init=('codebook', 'random'),
-    res_draw=('cycle', 'release'),
-    optimizer=('muon', 'adamw'),
-    # decoding
-    msd_decode=('kept', 'guess'),
-    momask_data=('t2m', 'kit'),
-    momask_text=('clip', 'hash'))
 
 
 class UserError(ValueError):
-    """Something only the user can mend. The message is one sentence: which file or key, what was
-    found, what was expected, what to do."""
+    """A mistake that the user can mend. The message is one sentence: which file or setting, what
+    was found, what was expected, what to do."""
 
 
 def install_error_hook():
-    """The one place that turns a UserError into its sentence and exit code 2. So does an operating
-    system's error that names a file (no permission) or a full disk; all else keeps its
-    traceback."""
+    """Print a UserError as its sentence and exit with code 2. The same goes for an error of the
+    operating system that names a file, and for a full disk. Ctrl-C exits with 130, SIGTERM with
+    143. All other errors keep their traceback."""
     def hook(kind, error, trace):
         system = isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC)
-        if not (isinstance(error, UserError) or system):
+        if issubclass(kind, KeyboardInterrupt):
+            error, code = 'Interrupted.', 130
+        elif isinstance(error, UserError) or system:
+            code = 2
+        else:
             return sys.__excepthook__(kind, error, trace)
         print(error, file=sys.stderr)
         sys.stdout.flush()
-        raise SystemExit(2)
+        raise SystemExit(code)
+
+    def terminated(*_):   # unwinds the stack, so that temporary files are removed
+        print('Terminated.', file=sys.stderr)
+        raise SystemExit(143)
+
     sys.excepthook = hook
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)
 
 
-@functools.cache   # a config file asks once for every key that belongs to another script
+def settings_lines(path):
+    """The lines of a script between its two rules, or of config/decoding.py; [] without rules."""
+    with open(path, encoding='utf-8') as f:
+        source = f.read()
+    if path == SHARED:
+        return source.splitlines()
+    parts = source.split('\n# ---', 2)
+    lines = parts[1].splitlines()[1:] if len(parts) == 3 else []
+    return [line for line in lines if not line.startswith(('config = ', 'configure('))]
+
+
+@functools.cache
 def keys_of_all_scripts():
-    """Names assigned at the top level of any file here."""
-    names = set()
-    for path in [*glob.glob(os.path.join(ROOT, '*.py')), os.path.join(ROOT, 'config/decoding.py')]:
-        with open(path, encoding='utf-8') as f:
-            names.update(re.findall(r'^(\w+) = ', f.read(), re.MULTILINE))
-    return names
+    """The settings of all scripts. (A config file asks for every key of another script.)"""
+    lines = settings_lines(SHARED)
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        lines += settings_lines(path)
+    return {line.split(' = ')[0] for line in lines if re.match(r'\w+ = ', line)}
 
 
-def plain(text):
-    """What can stand in a sentence: one line, not too long."""
-    return (text if text.isprintable() else ascii(text))[:80]
+def allowed_words(lines):
+    """Settings with their comments -> {key: the words that its comment allows}."""
+    allowed = {}
+    for line in lines:
+        match = re.match(r"(\w+) = '[^']*' *#(.* \| .*)", line)
+        if match:
+            allowed[match[1]] = re.findall(r"'([\w+]*)'", match[2])
+    return allowed
 
 
-def convert(key, value, default, where):
-    """value, checked against the type of the default and the key's range. An int may stand for a
-    float."""
-    try:
-        shown = f'{value!r:.60}'
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
-    except (ValueError, OverflowError):
-        shown = 'a number of hundreds of digits'
+def convert(key, value, default, where, allowed=()):
+    """Check a value against the type of its default, the limits and the allowed words, and return
+    it. An int may be given for a float. where: the file or argument that UserError names."""
+    shown = f'{value!r:.60}' if not isinstance(value, int) or abs(value) < 1e60 else 'a huge number'
+    where = where if where.isprintable() else ascii(where)
+    problem = f'{where[:80]}: {key} is {shown}, expected'
+    if isinstance(default, float) and type(value) is int and shown != 'a huge number':
+        value = float(value)
     if type(value) is not type(default):
-        raise UserError(f'{plain(where)}: {key} is {shown}, expected {type(default).__name__} '
-                        f'as in its default {default!r}.')
+        raise UserError(f'{problem} {type(default).__name__} as in its default {default!r}.')
     if isinstance(value, str) and NOT_TEXT.search(value):
-        raise UserError(f'{plain(where)}: {key} holds bytes that are no text, expected UTF-8.')
-    if value not in CHOICES.get(key, [value]):
-        raise UserError(f'{plain(where)}: {key} is {shown}, expected {", ".join(CHOICES[key])}.')
-    if isinstance(value, (int, float)):
-        low, high = RANGES.get(key, (-sys.float_info.max, sys.float_info.max))
-        if not low <= value <= high:   # nor is NaN
-            raise UserError(f'{plain(where)}: {key} is {shown}, expected {low:.10g} to '
-                            f'{high:.10g}.')
+        raise UserError(f'{problem} text that UTF-8 can hold.')
+    if allowed and value not in allowed:
+        raise UserError(f'{problem} {", ".join(allowed)}.')
+    if type(value) in (int, float):
+        low, high = LIMITS.get(key, (0 if default >= 0 else -math.inf, math.inf))
+        if not low <= value <= high or math.isinf(value):   # nor is NaN within them
+            raise UserError(f'{problem} a number from {low:.10g} to {high:.10g}.')
     return value
 
 
-def read_argument(arg, defaults):
+def read_argument(arg, defaults, allowed={}):
     """'--key=value' -> {key: value}, of the type of the key's default."""
     key, equals, text = arg[2:].partition('=')
     if not equals:
-        raise UserError(f'{plain(arg)}: expected --key=value, as in --seed=1.')
+        raise UserError(f'{arg!a:.80}: expected --key=value, as in --seed=1.')
     if key not in defaults:
         near = [k for k in defaults if key.lower() in k or k in key.lower()]
         hint = f'close: {", ".join(near)}.' if near else '--help lists them.'
         script = os.path.basename(sys.argv[0])
-        raise UserError(f'{plain(arg)} is not a setting of {script}; {hint}')
+        raise UserError(f'{arg!a:.80} is not a setting of {script}; {hint}')
     kind = type(defaults[key])
     try:
         value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        value = text   # still a str, which convert refuses
-    return {key: convert(key, value, defaults[key], arg)}
+        value = text   # still a str, which `convert` refuses
+    return {key: convert(key, value, defaults[key], arg, allowed.get(key))}
 
 
-def read_config_file(path, defaults):
-    """A config file's assignments to keys of this script -> {key: value}."""
+def read_config_file(path, defaults, allowed={}):
+    """A config file's assignments to settings of this script -> {key: value}."""
     if not os.path.isfile(path):
-        raise UserError(f'{path} does not exist or is no file: expected a config file '
-                        '(config/*.py) or --key=value.')
+        raise UserError(f'{path} is not a file: expected a config file (config/*.py) or '
+                        '--key=value.')
     assigned = {}
     try:
         with open(path, encoding='utf-8') as f:
             exec(compile(f.read(), path, 'exec'), assigned)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         why = ' '.join(str(e).split())
         raise UserError(f'{path} is not a config file: {type(e).__name__}: {why:.200}.') from None
     settings = {}
     for key, value in assigned.items():
         if key in defaults:
-            settings[key] = convert(key, value, defaults[key], path)
+            settings[key] = convert(key, value, defaults[key], path, allowed.get(key))
         elif key.startswith('_') or not isinstance(value, (int, float, str)):
             continue
         elif key not in keys_of_all_scripts():
-            raise UserError(f'{path} sets {key}, which no script here knows: is it misspelt?')
+            raise UserError(f'{path} sets {key}, which no script has: is it misspelt?')
     return settings
 
 
-def print_help(g, shared):
-    """The script's docstring, and its settings with their comments as they stand in the source."""
-    with open(g['__file__'], encoding='utf-8') as f:
-        _, settings, _ = f.read().split('\n# ---', 2)
-    lines = settings.splitlines()[1:]
-    if shared:
-        with open(os.path.join(ROOT, shared), encoding='utf-8') as f:
-            lines += f.read().splitlines()
-    print(g['__doc__'])
-    print('Settings, to be given as --key=value:\n')
-    print('\n'.join(line for line in lines if not line.startswith(('config', '    '))))
-
-
-def configure(g, argv=None, shared='', **choices):
-    """Apply config files and --key=value overrides (argv, default the command line) to the globals
-    g, and return the final settings as a dict, which checkpoints keep. shared: a file of settings
-    that several scripts have. choices: as in CHOICES, for a key of which each script has its own.
-    UserError for anything that is not understood."""
+def configure(g, argv=None, shared=False):
+    """Apply config files and --key=value overrides (argv, by default the command line) to the
+    globals g of a script, and return all settings as a dict, which checkpoints keep. shared: the
+    script also has the settings of config/decoding.py. UserError for anything that is wrong."""
     install_error_hook()
+    lines = settings_lines(g['__file__']) if '__file__' in g else []
     if shared:
-        with open(os.path.join(ROOT, shared), encoding='utf-8') as f:
+        lines += settings_lines(SHARED)
+        with open(SHARED, encoding='utf-8') as f:
             exec(f.read(), g)
-    defaults = {}
-    for key, value in g.items():
-        is_setting = not key.startswith('_') and not key.isupper()   # FRAMES_PER_TOKEN is none
-        if is_setting and isinstance(value, (int, float, str)):
-            defaults[key] = value
+    allowed = allowed_words(lines)
+    defaults = {key: value for key, value in g.items()
+                if isinstance(value, (int, float, str)) and not key.startswith('_')
+                and not key.isupper()}   # FRAMES_PER_TOKEN is imported, not a setting
 
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('-h', '--help'):
-            print_help(g, shared)
+            print(g['__doc__'] or '', '\nSettings, to be given as --key=value:\n', sep='')
+            print('\n'.join(lines))
             sys.exit(0)
         read = read_argument if arg.startswith('--') else read_config_file
-        changes = read(arg, defaults)
-        g.update(changes)
-        given.update(changes)
-
-    for key, allowed in choices.items():
-        if g[key] not in allowed:
-            raise UserError(f"{key} is '{g[key]}', expected {', '.join(map(str, allowed))}.")
+        g.update(read(arg, defaults, allowed))
     return {key: g[key] for key in defaults}

@@ -1,9 +1,9 @@
-"""Kinematic detectors: does a motion, wherever it comes from, do what a toy script says?
+"""Kinematic detectors: does a motion, from whatever source, do what a toy script says?
 
-parse() makes a script of a caption or prompt. View looks at a motion: a method for each action,
-thresholds on what a body does in space that know nothing of how the motion was made. It gives the
-stretches of frames (slices) that are evidence of its action; 1.5 cm of noise must not change the
-verdict.
+`parse` turns a caption or prompt into a script. `View` recognizes actions in a motion: each action
+has a method with thresholds on how the joints move through space, independent of how the motion was
+made. It returns the spans of frames (slices) in which it sees the action. Noise of 1.5 cm must not
+change the verdict.
 """
 import re
 
@@ -11,18 +11,19 @@ import numpy as np
 from scipy.ndimage import find_objects, label
 from scipy.signal import find_peaks
 
-from lib.toy import (FPS, HEAD, L_ANKLE, L_HIP, L_SHOULDER, L_TOE, L_WRIST, LANGUAGE, LEFTWARD, NECK,
-                 PELVIS, R_ANKLE, R_HIP, R_SHOULDER, R_TOE, R_WRIST, SIDED, TOE_Y, smooth, unit)
+from lib.motion import unit_vectors
+from lib.toy import (ANKLES, FPS, HEAD, HIPS, LANGUAGE, LEFTWARD, NECK, PELVIS, SHOULDERS, SIDED,
+                     TOE_Y, TOES, WRISTS, smooth)
 
-LEFT, UP, FORWARD = range(3)  # components of what View.local gives
+LEFT, UP, FORWARD = range(3)  # components of a vector in the body's frame
 
 SEPARATOR = r'[,.;]|\b(?:' + '|'.join(LANGUAGE['separators']) + r')\b'
 PATTERNS = {action: rf'\b(?:{stems})[a-z]*' for action, stems in LANGUAGE['understood'].items()}
 
 
 def parse(text):
-    """Caption or prompt in the grammar's style -> script, or None if any part is not understood.
-    Wider than the grammar, for what people type. A side left open is None."""
+    """Caption or prompt -> script, or None if any part of it is not understood. Accepts more than
+    the grammar generates, because people type prompts. A side that the text leaves open is None."""
     script = []
     for clause in re.split(SEPARATOR, text.lower()):
         clause = clause.strip()
@@ -32,9 +33,10 @@ def parse(text):
         if len(actions) != 1:
             return None
         action = actions[0]
-        others = re.sub(PATTERNS[action], '', clause)
-        if not set(re.findall(r"[a-z']+", others)) <= set(LANGUAGE['filler']):
+        other_words = re.sub(PATTERNS[action], '', clause)
+        if not set(re.findall(r"[a-z']+", other_words)) <= set(LANGUAGE['filler']):
             return None
+
         side = re.search(r'\b(left|right)\b', clause) if action in SIDED else None
         speed = 'normal'
         if re.search(r'\bslow', clause):
@@ -45,161 +47,166 @@ def parse(text):
     return script or None
 
 
-def stretches(mask, at_least=0.0, gap=0.0):
-    """(T,) bool -> slices in which it is True for at_least seconds, after bridging holes of up to
-    gap seconds."""
+def find_spans(mask, min_seconds=0.0, max_gap=0.0):
+    """Spans in which a mask (T,) is True for at least min_seconds. Spans that are at most max_gap
+    seconds apart are joined first."""
     spans = []
     for (span,) in find_objects(label(mask)[0]):
-        if spans and span.start - spans[-1].stop <= gap * FPS:
+        if spans and span.start - spans[-1].stop <= max_gap * FPS:
             span = slice(spans.pop().start, span.stop)
         spans.append(span)
-    return [span for span in spans if span.stop - span.start >= at_least * FPS]
+    return [span for span in spans if span.stop - span.start >= min_seconds * FPS]
 
 
 class View:
-    """Joints (T, 22, 3) seen from the body: (left, up, forward), floor at 0, a bit smoothed."""
+    """A motion, joints (T, 22, 3), in the body's frame (left, up, forward): slightly smoothed, with
+    the floor at height 0."""
 
     def __init__(self, joints):
         joints = smooth(np.asarray(joints, np.float64), 0.04)
-        lowest = joints[:, [L_TOE, R_TOE], 1].min(1)
-        joints[..., 1] -= np.percentile(lowest, 20) - TOE_Y
+        lower_toe = joints[:, TOES, 1].min(1)
+        joints[..., 1] -= np.percentile(lower_toe, 20) - TOE_Y
         self.joints = joints
         self.height = joints[..., 1]
 
-        left = joints[:, L_HIP] - joints[:, R_HIP] + joints[:, L_SHOULDER] - joints[:, R_SHOULDER]
-        left = unit(smooth(unit(left * [1, 0, 1]), 0.1))
+        left = (joints[:, HIPS[0]] - joints[:, HIPS[1]]
+                + joints[:, SHOULDERS[0]] - joints[:, SHOULDERS[1]])
+        left = unit_vectors(smooth(unit_vectors(left * [1, 0, 1]), 0.1))
         up = np.broadcast_to([0, 1, 0], left.shape)
         forward = np.cross(left, up)
         self.axes = np.stack([left, up, forward], 1)
         self.yaw = np.unwrap(np.arctan2(forward[:, 0], forward[:, 2]))
-        self.turning = np.gradient(smooth(self.yaw, 0.1)) * FPS
+        self.yaw_rate = np.gradient(smooth(self.yaw, 0.1)) * FPS
 
         pelvis = joints[:, PELVIS]
-        feet = joints[:, [L_ANKLE, R_ANKLE]].mean(1)
-        self.travel = self.local(np.gradient(smooth(pelvis, 0.15), axis=0) * FPS)
-        self.feet_travel = self.local(np.gradient(feet, axis=0) * FPS)
+        feet = joints[:, ANKLES].mean(1)
+        self.velocity = self.local(np.gradient(smooth(pelvis, 0.15), axis=0) * FPS)
+        self.feet_velocity = self.local(np.gradient(feet, axis=0) * FPS)
         self.feet_ahead = self.local(feet - pelvis)[:, FORWARD]
         self.trunk = self.between(PELVIS, NECK)
-        self.arms = [self.between(L_SHOULDER, L_WRIST), self.between(R_SHOULDER, R_WRIST)]
+        self.arms = [self.between(SHOULDERS[side], WRISTS[side]) for side in (0, 1)]
 
     def local(self, vectors):
-        """World vectors (T, 3) -> their (left, up, forward) parts."""
+        """World vectors (T, 3) -> their components (left, up, forward)."""
         return np.einsum('tij,tj->ti', self.axes, vectors)
 
     def between(self, a, b):
+        """Vectors (T, 3) from joint a to joint b, in the body's frame."""
         return self.local(self.joints[:, b] - self.joints[:, a])
 
-    def moved(self, span, axis):
-        """How far pelvis and feet both went along an axis: leaning or sitting back is no travel."""
-        pelvis = self.travel[span, axis].sum() / FPS
-        feet = self.feet_travel[span, axis].sum() / FPS
+    def travel(self, span, axis):
+        """Metres that both pelvis and feet moved along an axis. Leaning is not travel."""
+        pelvis = self.velocity[span, axis].sum() / FPS
+        feet = self.feet_velocity[span, axis].sum() / FPS
         return min(pelvis, feet, key=abs) if pelvis * feet > 0 else 0.0
 
     def turned(self, span):
+        """Yaw change during a span, in radians."""
         return self.yaw[span.stop - 1] - self.yaw[span.start]
 
     def walk(self):
-        speed = self.travel[:, FORWARD]
-        spans = stretches((speed > 0.22) & (speed < 1.9), 0.9)
-        return [span for span in spans if self.moved(span, FORWARD) > 0.6]
+        speed = self.velocity[:, FORWARD]
+        spans = find_spans((speed > 0.22) & (speed < 1.9), 0.9)
+        return [span for span in spans if self.travel(span, FORWARD) > 0.6]
 
     def run(self):
-        spans = stretches(self.travel[:, FORWARD] > 1.9, 0.4)
-        return [span for span in spans if self.moved(span, FORWARD) > 0.8]
+        spans = find_spans(self.velocity[:, FORWARD] > 1.9, 0.4)
+        return [span for span in spans if self.travel(span, FORWARD) > 0.8]
 
     def side_step(self, side):
         found = []
-        sideways = self.travel[:, LEFT] * LEFTWARD[side] > 0.1
-        straight = np.abs(self.turning) < 0.8
-        for span in stretches(sideways & straight, 0.5, 0.3):
-            aside = self.moved(span, LEFT) * LEFTWARD[side]
-            ahead = abs(self.moved(span, FORWARD))
+        sideways = self.velocity[:, LEFT] * LEFTWARD[side] > 0.1
+        straight = np.abs(self.yaw_rate) < 0.8
+        for span in find_spans(sideways & straight, 0.5, 0.3):
+            aside = self.travel(span, LEFT) * LEFTWARD[side]
+            ahead = abs(self.travel(span, FORWARD))
             if aside > max(0.35, 2 * ahead) and abs(self.turned(span)) < 0.6:
                 found.append(span)
         return found
 
     def turn(self, side):
-        turning = self.turning * LEFTWARD[side] > 0.3
-        spans = stretches(turning, 0.3, 0.25)  # two steps may pause between
+        turning = self.yaw_rate * LEFTWARD[side] > 0.3
+        spans = find_spans(turning, 0.3, 0.25)  # there can be a pause between two steps
         return [span for span in spans if 0.85 < self.turned(span) * LEFTWARD[side] < 3.5]
 
     def kick(self, side):
-        """A leg stretched out in front while the other foot stands."""
-        leg = self.between(L_HIP + side, L_ANKLE + side)
-        raised = self.height[:, L_ANKLE + side] > 0.32
+        """A leg is stretched out in front while the other foot stays on the floor."""
+        leg = self.between(HIPS[side], ANKLES[side])
+        raised = self.height[:, ANKLES[side]] > 0.32
         stretched = np.linalg.norm(leg, axis=-1) > 0.58
         in_front = leg[:, FORWARD] > 0.38
-        stands = self.height[:, L_TOE + 1 - side] < 0.1
-        return stretches(raised & stretched & in_front & stands, 0.1, 0.1)
+        other_down = self.height[:, TOES[1 - side]] < 0.1
+        return find_spans(raised & stretched & in_front & other_down, 0.1, 0.1)
 
     def punch(self, side):
-        """A wrist shot out at the shoulder's height, the other one not."""
+        """One wrist, not both, moves fast to the front at shoulder height."""
         left, up, forward = self.arms[side].T
         level = (np.abs(up) < 0.2) & (np.abs(left) < 0.25)
         other = self.arms[1 - side][:, FORWARD]
-        spans = stretches(level & (forward > 0.35) & (other < 0.33), 0.0, 0.5)
+        spans = find_spans(level & (forward > 0.35) & (other < 0.33), 0.0, 0.5)
         speed = np.gradient(forward) * FPS
         return [span for span in spans if speed[max(span.start - 6, 0):span.stop].max() > 0.7]
 
     def wave(self, side):
-        """One hand up, going to and fro."""
-        near, far = self.arms[side], self.arms[1 - side]
+        """One hand, not both, is up and changes direction at least three times."""
+        arm, other = self.arms[side], self.arms[1 - side]
         found = []
-        for span in stretches((near[:, UP] > 0.03) & (far[:, UP] < 0), 0.6, 0.1):
-            to, _ = find_peaks(near[span, LEFT], prominence=0.06)
-            fro, _ = find_peaks(-near[span, LEFT], prominence=0.06)
-            if len(to) + len(fro) >= 3:
+        for span in find_spans((arm[:, UP] > 0.03) & (other[:, UP] < 0), 0.6, 0.1):
+            maxima, _ = find_peaks(arm[span, LEFT], prominence=0.06)
+            minima, _ = find_peaks(-arm[span, LEFT], prominence=0.06)
+            if len(maxima) + len(minima) >= 3:
                 found.append(span)
         return found
 
     def raise_arms(self):
-        lower_hand = self.height[:, [L_WRIST, R_WRIST]].min(1)
-        return stretches(lower_hand > self.height[:, HEAD] + 0.05, 0.25, 0.1)
+        lower_hand = self.height[:, WRISTS].min(1)
+        return find_spans(lower_hand > self.height[:, HEAD] + 0.05, 0.25, 0.1)
 
     def jump(self):
-        """Both feet off the floor, side by side."""
-        toes = self.height[:, [L_TOE, R_TOE]]
-        apart = np.abs(self.between(R_TOE, L_TOE)[:, FORWARD])
+        """Both feet are off the floor, side by side."""
+        toes = self.height[:, TOES]
+        apart = np.abs(self.between(TOES[1], TOES[0])[:, FORWARD])
         together = (np.ptp(toes, axis=1) < 0.12) & (apart < 0.25)
-        return stretches(together & (toes.min(1) > 0.08), 0.1)
+        return find_spans(together & (toes.min(1) > 0.08), 0.1)
 
     def hop(self):
         """One foot stays up while the other leaves the floor at least twice."""
         found = []
         for side in (0, 1):
-            hops = self.height[:, L_TOE + 1 - side] > 0.06
-            for span in stretches(self.height[:, L_ANKLE + side] > 0.2, 0.8, 0.1):
-                if len(stretches(hops[span], 0.1)) >= 2:
+            airborne = self.height[:, TOES[1 - side]] > 0.06
+            for span in find_spans(self.height[:, ANKLES[side]] > 0.2, 0.8, 0.1):
+                if len(find_spans(airborne[span], 0.1)) >= 2:
                     found.append(span)
         return found
 
-    def low(self, on_chair):
-        """The pelvis low, far behind the feet or not, of somebody who stood before."""
+    def crouch(self, on_chair):
+        """The pelvis goes down from standing: far behind the feet (on a chair), or not."""
         found = []
-        for span in stretches(self.height[:, PELVIS] < 0.66, 0.15, 0.2):
-            stood = self.height[:span.start, PELVIS] > 0.78
+        for span in find_spans(self.height[:, PELVIS] < 0.66, 0.15, 0.2):
+            stood_before = (self.height[:span.start, PELVIS] > 0.78).any()
             behind = self.feet_ahead[span].max() > 0.22
-            if stood.any() and behind == on_chair:
+            if stood_before and behind == on_chair:
                 found.append(span)
         return found
 
     def squat(self):
-        stands = self.height[:, PELVIS] > 0.78
-        return [span for span in self.low(on_chair=False) if stands[span.stop - 1:].any()]
+        """A crouch, after which the body stands up again."""
+        standing = self.height[:, PELVIS] > 0.78
+        return [span for span in self.crouch(on_chair=False) if standing[span.stop - 1:].any()]
 
     def sit_down(self):
-        """The way down to the chair."""
+        """The way down to a chair."""
         return [slice(max(span.start - 10, 0), min(span.start + 6, span.stop))
-                for span in self.low(on_chair=True) if span.stop - span.start > 9]
+                for span in self.crouch(on_chair=True) if span.stop - span.start > 9]
 
     def bow(self):
         lean = np.arctan2(self.trunk[:, FORWARD], self.trunk[:, UP])
-        return stretches((lean > 0.48) & (self.height[:, PELVIS] > 0.74), 0.2, 0.1)
+        return find_spans((lean > 0.48) & (self.height[:, PELVIS] > 0.74), 0.2, 0.1)
 
     def times(self, action, side=None):
-        """When an action is seen, early to late: the middles of its stretches, in half frames.
-        Without a side either one will do."""
-        detector = getattr(self, re.sub(r'\W', '_', action))   # 'side-step': side_step
+        """When an action is seen, in order: the middle of each span, in half frames. Without a
+        side, either side counts."""
+        detector = getattr(self, re.sub(r'\W', '_', action))   # 'side-step' -> side_step
         if action not in SIDED:
             spans = detector()
         elif side:
@@ -210,7 +217,7 @@ class View:
 
 
 def describe(joints):
-    """All that is seen in a motion (T, 22, 3), early to late: ['walk', 'kick left', ...]."""
+    """All actions seen in a motion (T, 22, 3), in order of time: ['walk', 'kick left', ...]."""
     view = View(joints)
     seen = []
     for action in PATTERNS:
@@ -221,7 +228,7 @@ def describe(joints):
 
 
 def passes(joints, script):
-    """Does the motion (T, 22, 3) contain every item of the script, in its order?"""
+    """Does the motion (T, 22, 3) contain every item of the script, in the script's order?"""
     view = View(joints)
     now = 0
     for item in script:

@@ -1,6 +1,7 @@
-"""Motions as pictures: a GIF, a strip of poses, several motions side by side, the MSD of a clip.
+"""Motions as pictures: a GIF, a strip of poses, a grid of motions, and figures that explain a clip.
 
-Left limbs are blue, right ones red, the way of the root is yellow. Pictures are uint8 (h, w, 3).
+Left limbs are blue, right limbs are red, and the path of the root is yellow. Pictures are uint8
+(height, width, 3).
 """
 import shutil
 import subprocess
@@ -19,25 +20,25 @@ BACKGROUND = (250, 250, 248)
 FLOOR = (229, 232, 237)
 SHADOW = (196, 200, 208)
 PATH = (240, 178, 60)
-FADES = 3     # steps from a colour to the background; more make larger files
-FONT = 13     # pixels
-LIMB = 0.055  # metres thick
+FADE_STEPS = 3     # shades between a colour and the background; more make larger files
+FONT = 13          # pixels
+LIMB = 0.055       # metres, the width of a limb
 HEAD = 0.19
-RIM = 0.016   # how much wider than a limb the light line below it is
+OUTLINE = 0.016    # how much wider than a limb its light outline is
 TILE = 0.6
-FLOOR_REACH = 2.0
+FLOOR_MARGIN = 2.0
 
-# the view is parallel, from 32 degrees beside the Z axis and 16 degrees above the floor
+# Parallel projection, seen from 32 degrees beside the Z axis and 16 degrees above the floor.
 CAMERA = np.array([
     [0.848, 0.000, -0.530],   # to the right
     [-0.146, 0.961, -0.234],  # up
     [0.509, 0.276, 0.815],    # towards the viewer
 ])
-FLOOR_CAMERA = CAMERA[:2, [0, 2]]  # the same for x and z of a place on the floor
+FLOOR_CAMERA = CAMERA[:2, [0, 2]]  # the same for x and z of a point on the floor
 
 
 def _rgb(colour, fade=0.0):
-    """A colour as matplotlib's fractions of 1; fade (...) of 0 to 1 goes to the background."""
+    """A colour in matplotlib's range of 0 to 1. fade (...): 0 leaves it, 1 is the background."""
     fade = np.asarray(fade)[..., None]
     return (colour + fade * np.subtract(BACKGROUND, colour)) / 255
 
@@ -50,8 +51,8 @@ def _skeleton(joints):
                      'expected finite (T, 22 or 21, 3)')
 
 
-def _page(width, height):
-    """An empty figure of so many pixels; at 72 dots per inch a point of matplotlib's is one."""
+def _blank_figure(width, height):
+    """An empty figure, size in pixels. At 72 dots per inch, matplotlib's points are pixels."""
     figure = Figure((width / 72, height / 72), dpi=72, facecolor=_rgb(BACKGROUND))
     FigureCanvasAgg(figure)
     return figure
@@ -64,27 +65,27 @@ def _pixels(figure):
 
 def _draw_floor(axes, path):
     """A checkerboard that fades with the distance from a path (T, 2) of x and z."""
-    low = path.min(axis=0) - FLOOR_REACH
-    high = path.max(axis=0) + FLOOR_REACH
+    low = path.min(axis=0) - FLOOR_MARGIN
+    high = path.max(axis=0) + FLOOR_MARGIN
     x = np.arange(low[0], high[0], TILE)
     z = np.arange(low[1], high[1], TILE)
     corners = np.stack(np.meshgrid(x, z), axis=-1)
     middles = corners[:-1, :-1, None] + TILE / 2
-    away = np.linalg.norm(middles - path, axis=-1).min(axis=-1)
-    fade = np.minimum(away / FLOOR_REACH, 1) ** 2
+    distance = np.linalg.norm(middles - path, axis=-1).min(axis=-1)
+    fade = np.minimum(distance / FLOOR_MARGIN, 1) ** 2
     fade[::2, ::2] = 1   # the light tiles
     fade[1::2, 1::2] = 1
     right, up = np.moveaxis(corners @ FLOOR_CAMERA.T, -1, 0)
     axes.pcolormesh(right, up, _rgb(FLOOR, fade))
 
 
-def _pictures(joints, times, size):
-    """Yield pictures (h, w, 3) of a motion (T, J, 3) at frames `times`; the last pose is held. The
-    camera follows the root."""
+def _render(joints, frames, size):
+    """Yield pictures (h, w, 3) of a motion (T, J, 3) at some frames; the last pose is repeated for
+    frames after the end. The camera follows the root."""
     skeleton = _skeleton(joints)
     joints = joints / skeleton.units_per_metre
 
-    # a bone leads to each joint from its parent; one more is the head
+    # one bone from its parent to each joint, and one more for the head
     head = skeleton.names.index('head')
     neck = joints[:, head] - joints[:, skeleton.parents[head]]
     top = joints[:, head] + 0.3 * neck
@@ -92,104 +93,104 @@ def _pictures(joints, times, size):
     parents = np.append(skeleton.parents, head)
     bones = np.stack([parents, np.arange(len(parents))], axis=1)
 
-    # below each bone a light rim, which separates limbs that cross
+    # lines are drawn twice: a light outline below, which separates limbs that cross, and the limb
     n = len(bones)
-    thickness = np.full(2 * n, LIMB)
-    thickness[-1] = HEAD
-    thickness[:n] = thickness[n:] + RIM
-    colours = [BACKGROUND] * n
-    for name in (*skeleton.names, 'top'):
-        side = name.split('_')[0]
-        colours.append(SIDE_COLOURS.get(side, SIDE_COLOURS['middle']))
-    colours = _rgb(colours)
+    width = np.full(2 * n, LIMB)
+    width[-1] = HEAD
+    width[:n] = width[n:] + OUTLINE
+    sides = [name.split('_')[0] for name in (*skeleton.names, 'top')]
+    colours = [SIDE_COLOURS.get(side, SIDE_COLOURS['middle']) for side in sides]
+    colours = _rgb([BACKGROUND] * n + colours)
 
-    # what the camera sees, in metres
+    # project to the camera plane, in metres
     pose = joints @ CAMERA.T
-    below = joints[..., [0, 2]]  # on the floor
-    shade = below @ FLOOR_CAMERA.T
-    path = shade[:, 0]
+    on_floor = joints[..., [0, 2]]
+    shadows = on_floor @ FLOOR_CAMERA.T
+    path = shadows[:, 0]
     height = max(1.2, joints[..., 1].max())
     centre = smooth(path, 4) + height / 2 * CAMERA[:2, 1]
     reach = np.abs(pose[..., :2] - centre[:, None]).max(axis=(0, 1))
     zoom = np.min(size / (2 * reach + 0.5))  # pixels per metre
     half_view = np.array(size) / zoom / 2
 
-    figure = _page(*size)
+    figure = _blank_figure(*size)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    _draw_floor(axes, below[:, 0])
+    _draw_floor(axes, on_floor[:, 0])
     axes.plot(*path.T, color=_rgb(PATH, 0.6), linewidth=2.5)
-    behind, = axes.plot([], [], color=_rgb(PATH), linewidth=2.5)
-    shadow = axes.add_collection(LineCollection([], capstyle='round'))
-    shadow.set(linewidth=zoom * LIMB, color=_rgb(SHADOW))
-    limbs = axes.add_collection(LineCollection([], capstyle='round'))
+    path_so_far, = axes.plot([], [], color=_rgb(PATH), linewidth=2.5)
+    shadow_lines = axes.add_collection(LineCollection([], capstyle='round'))
+    shadow_lines.set(linewidth=zoom * LIMB, color=_rgb(SHADOW))
+    limb_lines = axes.add_collection(LineCollection([], capstyle='round'))
 
-    for t in times:
+    for t in frames:
         t = min(t, len(pose) - 1)
         left, bottom = centre[t] - half_view
         right, top = centre[t] + half_view
         axes.set(xlim=(left, right), ylim=(bottom, top))
-        behind.set_data(*path[:t + 1].T)
-        shadow.set_segments(shade[t, bones])
+        path_so_far.set_data(*path[:t + 1].T)
+        shadow_lines.set_segments(shadows[t, bones])
 
-        ends = pose[t, bones]
-        rims = 0.6 * ends + 0.4 * ends.mean(axis=1, keepdims=True)  # they end before the joints
-        nearness = ends[..., 2].sum(axis=1)
+        # far limbs first; outlines are shorter than their bones, to leave the joints connected
+        limbs = pose[t, bones]
+        outlines = 0.6 * limbs + 0.4 * limbs.mean(axis=1, keepdims=True)
+        nearness = limbs[..., 2].sum(axis=1)
         order = np.tile(nearness, 2).argsort(kind='stable')
-        segments = np.concatenate([rims, ends])
-        limbs.set_segments(segments[order, :, :2])
-        limbs.set(linewidth=zoom * thickness[order], color=colours[order])
+        segments = np.concatenate([outlines, limbs])
+        limb_lines.set_segments(segments[order, :, :2])
+        limb_lines.set(linewidth=zoom * width[order], color=colours[order])
         yield _pixels(figure)
 
 
-def _caption(text, width):
-    """Text in centred lines -> a picture of a width (h, width, 3)."""
+def _text_picture(text, width):
+    """Centred, wrapped text -> a picture (h, width, 3)."""
     lines = textwrap.wrap(text, int((width - 10) / (0.56 * FONT)))
     height = round(1.4 * FONT * len(lines)) + 12
-    figure = _page(width, height)
+    figure = _blank_figure(width, height)
     figure.text(0.5, 1 - 8 / height, '\n'.join(lines), color=_rgb(SIDE_COLOURS['middle']),
                 fontsize=FONT, linespacing=1.4, ha='center', va='top', parse_math=False)
     return _pixels(figure)
 
 
 def _palette():
-    """Each colour and its steps to the background, the same for all frames: no flicker."""
-    fades = np.arange(FADES + 1) / FADES
+    """All colours and their shades. GIF frames that share a palette do not flicker."""
+    fades = np.arange(FADE_STEPS + 1) / FADE_STEPS
     colours = [*SIDE_COLOURS.values(), FLOOR, SHADOW, PATH]
-    steps = np.ravel([_rgb(colour, fades) for colour in colours])
+    shades = np.ravel([_rgb(colour, fades) for colour in colours])
     palette = Image.new('P', (1, 1))
-    palette.putpalette((255 * steps).round().astype(int).tolist())
+    palette.putpalette((255 * shades).round().astype(int).tolist())
     return palette
 
 
 def draw_strip(joints, path, caption, n_poses=8, size=(150, 200)):
-    """Poses of joints (T, J, 3) at n_poses equal steps of time, side by side, seconds below.
+    """Poses of joints (T, J, 3) at n_poses equally spaced times, side by side, seconds below.
 
-    Writes a PNG unless path is None; returns its pixels (h, w, 3) uint8.
+    Writes a PNG unless path is None. Returns its pixels (h, w, 3) uint8.
     """
     fps = _skeleton(joints).fps
-    times = np.linspace(0, len(joints) - 1, n_poses).round().astype(int)
-    poses = np.hstack(list(_pictures(joints, times, size)))
-    seconds = np.hstack([_caption(f'{t / fps:.1f} s', size[0]) for t in times])
-    pixels = np.vstack([_caption(caption, poses.shape[1]), poses, seconds])
+    frames = np.linspace(0, len(joints) - 1, n_poses).round().astype(int)
+    poses = np.hstack(list(_render(joints, frames, size)))
+    seconds = np.hstack([_text_picture(f'{t / fps:.1f} s', size[0]) for t in frames])
+    pixels = np.vstack([_text_picture(caption, poses.shape[1]), poses, seconds])
     if path is not None:
         Image.fromarray(pixels).save(path)
     return pixels
 
 
 def draw_gif(joints, path, caption, fps=None):
-    """Animate joints (T, J, 3), caption above. fps: of the GIF, by default one frame a pose."""
+    """Animate joints (T, J, 3) below their caption. fps: of the GIF, by default the skeleton's."""
     fps = fps or _skeleton(joints).fps
     draw_grid([(caption, joints)], path, 1, fps, size=(320, 340))
 
 
 def draw_grid(motions, path, columns=3, fps=10, size=(210, 230)):
-    """[(caption, joints (T, J, 3))] side by side in one GIF; a short one holds its last pose."""
-    captions = [_caption(caption, size[0]) for caption, _ in motions]
-    above = max(len(picture) for picture in captions)
+    """Animate [(caption, joints (T, J, 3))] side by side in one GIF of so many frames per second.
+    Short motions hold their last pose."""
+    captions = [_text_picture(caption, size[0]) for caption, _ in motions]
+    caption_height = max(len(picture) for picture in captions)
     columns = min(columns, len(motions))
     rows = -(-len(motions) // columns)
-    page = np.empty((rows * (above + size[1]), columns * size[0], 3), np.uint8)
+    page = np.empty((rows * (caption_height + size[1]), columns * size[0], 3), np.uint8)
     page[:] = BACKGROUND
     cells = [cell for row in np.split(page, rows) for cell in np.split(row, columns, axis=1)]
     for cell, caption in zip(cells, captions):
@@ -197,22 +198,23 @@ def draw_grid(motions, path, columns=3, fps=10, size=(210, 230)):
 
     longest = max(len(joints) for _, joints in motions)
     motion_fps = _skeleton(motions[0][1]).fps
-    times = np.arange(0, longest, motion_fps / fps).round().astype(int)
+    frames = np.arange(0, longest, motion_fps / fps).round().astype(int)
     palette = _palette()
-    frames = []
-    for pictures in zip(*[_pictures(joints, times, size) for _, joints in motions]):
+    images = []
+    for pictures in zip(*[_render(joints, frames, size) for _, joints in motions]):
         for cell, picture in zip(cells, pictures):
-            cell[above:] = picture
-        done = page.shape[1] * (len(frames) + 1) // len(times)
-        page[-3:, :done] = PATH
-        frame = Image.fromarray(page)
-        frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps),
+            cell[caption_height:] = picture
+        progress = page.shape[1] * (len(images) + 1) // len(frames)
+        page[-3:, :progress] = PATH
+        image = Image.fromarray(page)
+        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps),
                    loop=0, optimize=True)
 
 
 def draw_msd(path, title, joints, phi, omega, fps):
-    """A clip (T, J, 3) as poses, under it phi (n, W) of Eq 7 and Omega (n,) of Eq 8, by token."""
+    """Poses of a clip (T, J, 3), and for each of its n tokens phi (n, W) of Eq 7 and Omega (n,) of
+    Eq 8."""
     figure = Figure(figsize=(11, 5.2), dpi=110, layout='constrained')
     poses, heat, curve = figure.subplots(3, 1, height_ratios=(2.0, 1.3, 1.0))
     poses.imshow(draw_strip(joints, None, '', 10))
@@ -220,7 +222,7 @@ def draw_msd(path, title, joints, phi, omega, fps):
     poses.set_title(title, fontsize=10, parse_math=False)
 
     n, bands = phi.shape
-    seconds = np.arange(n + 1) * 4 / fps  # where tokens begin and end
+    seconds = np.arange(n + 1) * 4 / fps  # the boundaries between tokens
     heat.pcolormesh(seconds, np.arange(bands + 1) - 0.5, phi.T, cmap='magma')
     heat.set_ylabel('band k\n$\\phi_{t,k}$, Eq 7')
     curve.stairs(omega, seconds, fill=True, alpha=0.5)
@@ -229,16 +231,18 @@ def draw_msd(path, title, joints, phi, omega, fps):
 
 
 def draw_explained(path, caption, nodes, joints, omega, hard, fps):
-    """What HGM3 and DynMask make of one prompt and its motion (T, J, 3): the caption's graph, nodes
-    [(text, level, edge)]; poses; below them, token by token, MSD's complexity omega (n,) and what
-    the teacher finds hard (n,), z-scored, or None."""
+    """What HGM3 and DynMask make of one prompt and its motion (T, J, 3).
+
+    nodes: the caption's semantic graph, [(text, level, edge)]. omega (n,): MSD's complexity by
+    token. hard (n,): the loss that HGM3's teacher predicts, or None. Both are z-scored.
+    """
     figure = Figure(figsize=(11, 7), dpi=110, layout='constrained')
     tree, poses, curve = figure.subplots(3, 1, height_ratios=(1.6, 2.0, 1.3))
     tree.set_title(caption, fontsize=10, parse_math=False)
     tree.set(xlim=(0, 1), ylim=(0, 1))
     tree.axis('off')
     box = dict(boxstyle='round', facecolor='white', edgecolor='grey')
-    latest = {}   # the last node of each level: what hangs below it follows it
+    latest = {}   # the last node so far of each level; its children come right after it
     for i, (text, level, edge) in enumerate(nodes):
         x = 0.5 if level == 1 else i / len(nodes)
         y = 1.2 - level / 3
@@ -251,21 +255,21 @@ def draw_explained(path, caption, nodes, joints, omega, hard, fps):
 
     poses.imshow(draw_strip(joints, None, '', 10))
     poses.axis('off')
-    seconds = 4 / fps  # of a token
-    middle = (np.arange(len(omega)) + 0.5) * seconds
+    token_seconds = 4 / fps
+    middle = (np.arange(len(omega)) + 0.5) * token_seconds
     curve.step(middle, omega, where='mid', label='complex: $\\Omega(t)$ of DynMask')
     if hard is not None:
         curve.step(middle, hard, where='mid', label='hard: the teacher of HGM3')
-    curve.set(xlim=(0, len(omega) * seconds), xlabel='seconds', ylabel='z-score')
+    curve.set(xlim=(0, len(omega) * token_seconds), xlabel='seconds', ylabel='z-score')
     curve.legend()
     figure.savefig(path)
 
 
 def gif_to_mp4(path):
-    """x.gif -> x.mp4 beside it, by ffmpeg; False where there is none, or it cannot."""
+    """Convert x.gif to x.mp4 beside it. Returns False if ffmpeg is missing or fails."""
     if not shutil.which('ffmpeg'):
         return False
-    even = 'crop=trunc(iw/2)*2:trunc(ih/2)*2'   # players want even sizes
+    even = 'crop=trunc(iw/2)*2:trunc(ih/2)*2'   # most players need an even width and height
     command = ['ffmpeg', '-y', '-i', path, '-vf', even, '-pix_fmt', 'yuv420p',
                path.removesuffix('.gif') + '.mp4']
     return not subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode

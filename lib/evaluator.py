@@ -1,10 +1,10 @@
-"""The text-motion evaluator of Guo et al. 2022, the words it reads, and the metrics of the field.
+"""The text-motion evaluator of Guo et al. 2022, the words it reads, and the standard metrics.
 
-Everybody's FID and R-precision are distances between the 512-d vectors of this network, so it is
-rebuilt to the letter of "Generating Diverse and Natural 3D Human Motions from Text" (CVPR 2022).
-train_eval.py trains it, momask.py reads the released weights.
+Published FID and R-precision values are distances between the 512-d vectors of this network, so it
+follows the code of "Generating Diverse and Natural 3D Human Motions from Text" (CVPR 2022) exactly.
+train_eval.py trains one; momask.py loads the official weights.
 
-    B batch, T frames, D features a frame (263 or 251), L = 22 word positions, d embedding size
+    B batch, T frames, D features per frame (263 or 251), L = 22 word positions, d embedding size
 """
 import hashlib
 import json
@@ -24,34 +24,35 @@ from lib.data import equal_lengths
 
 # -------------------------------------------------------------------------------------------- words
 
-MAX_WORDS = 20   # words of a caption that count
-POSITIONS = 22   # they, sos and eos
-# of Guo et al.'s word vectorizer: the tags in one-hot order, words that override the tagger
+MAX_WORDS = 20   # later words of a caption are ignored
+POSITIONS = 22   # the words, sos and eos
+# Guo et al.'s word vectorizer: tags in one-hot order, and words whose tag overrides the tagger's
 WORD_TAGS = json.loads(Path(ROOT, 'config', 'word_tags.json').read_text())
 TAGS = WORD_TAGS['tags']
 VIP_WORDS = WORD_TAGS['vip_words']
 VIP_TAG = {word: tag for tag, words in VIP_WORDS.items() for word in words.split()}
+GLOVE_FILES = 'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl'
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, strings and numbers need no imported name; what asks for one is code."""
+    """Unpickles lists, dicts, strings and numbers, which need no imports, and nothing else."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is code')
 
 
 def read_plain(path):
-    """An .npy array or a pickle of plain data. UserError where it is missing, damaged or code."""
+    """Read an .npy array or a pickle of plain data. UserError if it is missing, damaged or code."""
     try:
         with open(path, 'rb') as f:
             return np.load(f) if path.endswith('.npy') else PlainUnpickler(f).load()
-    except Exception as e:   # a damaged pickle raises nearly anything
-        raise UserError(f"{path} was not loaded ({type(e).__name__}: {e}): put the field's "
-                        'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl there.') from None
+    except Exception as e:   # a damaged pickle can raise almost any exception
+        raise UserError(f'{path} was not loaded ({type(e).__name__}: {e}): its folder must hold '
+                        f'{GLOVE_FILES}.') from None
 
 
 def read_glove(folder):
-    """The field's three files of word vectors -> {word: (dim,) float32}, or a UserError."""
+    """Guo et al.'s three files of GloVe vectors -> {word: (dim,) float32}, or a UserError."""
     table = read_plain(os.path.join(folder, 'our_vab_data.npy'))
     words = read_plain(os.path.join(folder, 'our_vab_words.pkl'))
     index = read_plain(os.path.join(folder, 'our_vab_idx.pkl'))
@@ -64,10 +65,11 @@ def read_glove(folder):
 
 
 class Words:
-    """Caption tokens -> (word vectors, tag one-hots, lengths), by the rules of the field.
+    """Caption tokens -> (word vectors, tag one-hots, lengths), by Guo et al.'s rules.
 
-    Words(glove_dir) reads the field's GloVe; a word that is not in it takes the vector of 'unk' and
-    the tag OTHER. Without it every word is a fixed random normal vector, seeded by its hash.
+    Words(glove_dir) reads GloVe vectors; a word that is not among them takes the vector of 'unk'
+    and the tag OTHER. Without glove_dir every word has a fixed random normal vector, seeded by a
+    hash of the word.
     """
 
     def __init__(self, glove_dir=None, dim=300):
@@ -79,8 +81,9 @@ class Words:
         if word not in self.vectors:
             digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
             seed = np.frombuffer(digest, '<u4')
-            normal = np.random.RandomState(seed).randn(self.dim)   # a stream frozen by promise
-            self.vectors[word] = (normal * 5 / self.dim ** 0.5).astype(np.float32)   # GloVe's size
+            # RandomState, because NumPy guarantees that its stream never changes
+            normal = np.random.RandomState(seed).randn(self.dim)
+            self.vectors[word] = (normal * 5 / self.dim ** 0.5).astype(np.float32)   # GloVe's norm
         return self.vectors[word]
 
     def read_token(self, token):
@@ -93,10 +96,10 @@ class Words:
             word, tag = 'unk', 'OTHER'
         return self.vector(word), TAGS.index(tag if tag in TAGS else 'OTHER')
 
-    def encode(self, captions):
-        """captions: N strings of "word/TAG word/TAG" -> vectors (N, 22, dim), tags (N, 22, 15),
-        lengths (N,) int64. Positions 0 and length-1 are sos and eos, positions after that unk.
-        UserError: a token without a tag."""
+    def embed_captions(self, captions):
+        """captions: N strings "word/TAG word/TAG" -> vectors (N, 22, dim), tags (N, 22, 15),
+        lengths (N,) int64. Positions 0 and length - 1 hold sos and eos, later ones unk. UserError
+        for a token without a tag."""
         vectors = np.empty((len(captions), POSITIONS, self.dim), np.float32)
         tags = np.zeros((len(captions), POSITIONS, len(TAGS)), np.float32)
         lengths = np.empty(len(captions), np.int64)
@@ -111,12 +114,12 @@ class Words:
 
 
 # -------------------------------------------------------------------------------------- the network
-# Attribute names are the official state dict's.
+# Attribute names are those of the official state dict.
 
 
 class MovementEncoder(nn.Module):
-    """(B, T, D - 4) normalized features without foot contacts -> (B, T // 4, out), of four
-    frames each: the field's "movements"."""
+    """Normalized features without foot contacts (B, T, D - 4) -> (B, T // 4, out): one vector per
+    four frames, which Guo et al. call a movement."""
 
     def __init__(self, features, hidden, out):
         super().__init__()
@@ -164,9 +167,10 @@ class TextEncoder(BiGRU):
 class Evaluator(nn.Module):
     """The three encoders, the statistics they were trained with, and the words they read.
 
-    mean, std   (D,) of the evaluator's own training data; features enter un-normalized
+    mean, std   (D,) statistics of the evaluator's own training data; it takes raw features
     words       a Words, or None for official weights without GloVe (then only motion is embedded)
-    max_frames  to which the field pads clips with zeros. Sizes default to the released ones
+    max_frames  length to which the standard evaluation pads clips with zeros
+    The defaults are the official sizes.
     """
 
     def __init__(self, mean, std, words=None, movement=512, code=512, motion_hidden=1024,
@@ -177,7 +181,7 @@ class Evaluator(nn.Module):
             out=out, word_dim=word_dim, tag_dim=tag_dim, max_frames=max_frames)
         if words is not None and words.dim != word_dim:
             raise UserError(f'the text encoder reads {word_dim}-d word vectors, '
-                            f'the words given are {words.dim}-d.')
+                            f'the word vectors given have {words.dim} dimensions.')
         self.words = words
         self.register_buffer('mean', torch.as_tensor(mean).float(), persistent=False)
         self.register_buffer('std', torch.as_tensor(std).float(), persistent=False)
@@ -186,7 +190,7 @@ class Evaluator(nn.Module):
         self.text_encoder = TextEncoder(word_dim, tag_dim, text_hidden, out)
 
     def encode_motion(self, motion, lengths):
-        """motion (B, T, D) normalized, zeros behind each end, lengths (B,) in frames -> (B, d)."""
+        """Normalized motion (B, T, D), zeros after each end, lengths (B,) in frames -> (B, d)."""
         movements = self.movement_encoder(motion[..., :-4])
         return self.motion_encoder(movements, lengths // 4)
 
@@ -196,25 +200,25 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, captions, batch=512):
-        """captions: N strings "walk/VERB left/ADJ" -> (N, d) float32 on the CPU; in eval mode.
-        UserError: no word vectors."""
+        """captions: N strings "walk/VERB left/ADJ" -> (N, d) float32 on the CPU, in eval mode.
+        UserError if the evaluator has no word vectors."""
         if self.words is None:
             raise UserError('this evaluator has no word vectors: give glove_dir, a folder with '
-                            'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl.')
+                            f'{GLOVE_FILES}.')
         self.eval()
         unique, row = np.unique(captions, return_inverse=True)
         out = torch.empty(len(unique), self.config['out'])
         for i in range(0, len(unique), batch):
-            words, tags, lengths = self.words.encode(unique[i:i + batch])
+            words, tags, lengths = self.words.embed_captions(unique[i:i + batch])
             words, tags = words.to(self.mean.device), tags.to(self.mean.device)
             out[i:i + batch] = self.text_encoder(words, tags, lengths).cpu()
         return out[torch.from_numpy(row)]
 
     @torch.no_grad()
     def embed_motion(self, features, lengths, batch=256):
-        """features (B, T, D) un-normalized (array, tensor, or a list of B arrays (>= length, D)),
-        lengths (B,) in frames -> (B, d) float32 on the CPU; in eval mode. ValueError: another width
-        D, a length under 4 or beyond T, a value that is not finite before it."""
+        """Raw features (B, T, D), as an array, a tensor or a list of B arrays (>= length, D), and
+        lengths (B,) in frames -> (B, d) float32 on the CPU, in eval mode. ValueError for another
+        width D, a length below 4 or above T, or a value before the end that is not finite."""
         if len(lengths) != len(features):
             raise ValueError(f'{len(features)} motions but {len(lengths)} lengths')
         self.eval()
@@ -223,7 +227,7 @@ class Evaluator(nn.Module):
         for group in equal_lengths(lengths, batch):
             n = lengths[group]
             x = torch.stack([self.read_clip(i, features[i], n[0]) for i in group.tolist()])
-            # the field pads clips with zeros to max_frames; the last movement sees 4 at most
+            # Guo et al. pad clips with zeros to max_frames; the last movement reads at most 4
             if n[0] != self.config['max_frames']:
                 x = F.pad(x, (0, 0, 0, 4))
             out[group] = self.encode_motion(x, n).cpu()
@@ -241,27 +245,33 @@ class Evaluator(nn.Module):
             raise ValueError(f'motion {i} holds NaN or infinite features')
         return clip
 
-    def save(self, path, **extra):
-        """Write sizes, statistics, where GloVe lies (None: hashed), weights, `extra` (plain)."""
+    def save(self, path, it, settings, **extra):
+        """Write everything that `load` needs, and `extra` (plain data). it: training steps done, of
+        settings['ev_steps']; a complete evaluator has done them all."""
         runtime.save({'kind': 'evaluator', 'config': self.config, 'mean': self.mean.cpu(),
                       'std': self.std.cpu(), 'glove_dir': self.words.glove_dir,
-                      'state': self.state_dict(), **extra}, path)
+                      'model': self.state_dict(), 'it': it, 'settings': settings, **extra}, path)
 
     @classmethod
     def load(cls, path, glove_dir=None):
-        """The evaluator written by save, in eval mode; glove_dir: where GloVe lies now. UserError
-        for a file that is missing, damaged or of another kind."""
+        """The evaluator written by `save`, in eval mode. glove_dir: the folder of the GloVe files,
+        if they have moved. UserError for a file that is missing, damaged, of another kind, or of an
+        evaluator whose training was interrupted."""
         data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first', 'evaluator',
-                            ('config', 'mean', 'std', 'glove_dir', 'state'))
+                            ('config', 'mean', 'std', 'glove_dir', 'model', 'it', 'settings'))
+        steps = data['settings']['ev_steps']
+        if data['it'] < steps:
+            raise UserError(f'{path} has been trained for {data["it"]} of {steps} steps: finish it '
+                            'by running train_eval.py with --init_from=resume.')
         glove_dir = data['glove_dir'] and (glove_dir or data['glove_dir'])
         words = Words(glove_dir, data['config']['word_dim'])
         model = cls(data['mean'], data['std'], words, **data['config'])
-        runtime.load_named(model, data['state'], path)
+        runtime.load_weights(model, data['model'], path)
         return model.eval()
 
 
 # ------------------------------------------------------------------------------------------ metrics
-# Arrays or CPU tensors in, float64 inside, floats out; of Guo et al. 2022 unless a source is named.
+# Arrays or CPU tensors in, floats out, computed in float64. Source: Guo et al. 2022 unless stated.
 
 
 def float64(x):
@@ -276,8 +286,8 @@ def fid(real, gen):
     """Frechet distance of the normal distributions fitted to real (N, d) and gen (M, d); N, M >= 2.
 
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2 (Heusel et al. 2017). The last trace is the sum
-    of the singular values of C1^1/2 C2^1/2, roots of symmetric matrices (eigh): nothing can turn
-    complex, also when N < d and the covariances are singular."""
+    of the singular values of C1^1/2 C2^1/2, whose factors are roots of symmetric matrices (eigh).
+    No intermediate result can become complex, even if N < d and the covariances are singular."""
     means, roots, traces = [], [], []
     for x in (float64(real), float64(gen)):
         if len(x) < 2:
@@ -296,9 +306,9 @@ def r_precision(text, motion, batch=32, same=None):
     """How often a text's own motion is among the k nearest of its batch -> (3,) for k = 1, 2, 3.
 
     text, motion: (N, d) paired, in the (shuffled) order that makes the batches; a last partial
-    batch is dropped. same: N caption strings; then any motion of the same caption counts as the
-    text's own. A wrong motion at exactly the right one's distance counts as nearer, so that a
-    collapsed network scores 0 and not 1."""
+    batch is dropped. same: N caption strings; if given, every motion of the same caption counts as
+    the text's own. A wrong motion at exactly the distance of the right one counts as nearer, so
+    that a collapsed network scores 0 and not 1."""
     text, motion = float64(text), float64(motion)
     if len(text) < batch or text.shape != motion.shape:
         raise ValueError(f'R-precision needs paired vectors, at least {batch}: '
@@ -312,7 +322,7 @@ def r_precision(text, motion, batch=32, same=None):
         distance = np.linalg.norm(text[rows, None] - motion[None, rows], axis=-1)
         right = label[rows, None] == label[None, rows]
         own = np.where(right, distance, np.inf).min(1, keepdims=True)
-        ranks.append((~right & (distance <= own)).sum(1))   # wrong motions that come first
+        ranks.append((~right & (distance <= own)).sum(1))   # wrong motions that are nearer
     ranks = np.concatenate(ranks)
     return np.array([(ranks < k).mean() for k in (1, 2, 3)])
 
@@ -330,12 +340,12 @@ def mean_pair_distance(emb, pairs, rng):
 
 
 def diversity(emb, rng):
-    """Mean distance of 300 random pairs of emb (N, d), N where there are fewer. rng: numpy's."""
+    """Mean distance of min(300, N) random pairs of emb (N, d). rng: a NumPy Generator."""
     return mean_pair_distance(emb, min(300, len(emb)), rng)
 
 
 def multimodality(emb, rng):
-    """Mean distance of 10 random pairs of one text's generations: emb (n_texts, n_gens, d)."""
+    """Mean distance of 10 random pairs of generations of one text, for emb (texts, gens, d)."""
     if emb.shape[1] < 10:
         raise ValueError("multimodality draws 10 of each text's generations, "
                          f'there are only {emb.shape[1]}')
@@ -344,12 +354,13 @@ def multimodality(emb, rng):
 
 def mpjpe(pred, gt):
     """Mean joint error per frame with both pelvises (joint 0) at the origin: (T, J, 3) twice ->
-    (T,), in the joints' unit. Source: momask's evaluation."""
+    (T,), in the unit of the joints. Source: MoMask's evaluation."""
     error = float64(pred) - float64(gt)
     return np.linalg.norm(error - error[:, :1], axis=-1).mean(-1)
 
 
 def interval(values):
-    """Repeats (n,) or (n, k) -> their mean, half the 95% interval's width 1.96 std / sqrt(n)."""
+    """Values of n repeats (n,) or (n, k) -> their mean, and half the width of its 95% interval,
+    1.96 std / sqrt(n)."""
     values = np.asarray(values, dtype=np.float64)
     return values.mean(0), 1.96 * values.std(0) / np.sqrt(len(values))

@@ -1,17 +1,18 @@
-"""The 263-/251-dim motion representation: skeletons, and joints <-> features.
+"""The motion representation: skeletons, and conversion between joint positions and features.
 
-Shapes: T frames, J joints (22, KIT 21), D = 4 + (J-1)*3 + (J-1)*6 + J*3 + 4 features per frame:
+Shapes: T frames, J joints (22; KIT-ML 21), D = 4 + (J-1)*3 + (J-1)*6 + J*3 + 4 features per frame
+(263; KIT-ML 251):
 
-    [0]        root yaw velocity: minus half of the angle turned to the next frame (radians)
-    [1:3]      root x and z velocity in the root's own frame (metres per frame; KIT millimetres)
-    [3]        root height above the floor
+    [0]        root yaw velocity: minus half of the yaw change to the next frame, in radians
+    [1:3]      root velocity along x and z in the root frame, in metres per frame (KIT-ML: mm)
+    [3]        height of the root above the floor
     (J-1)*3    joint positions in the root frame: facing Z+, root at x = z = 0, height above floor
-    (J-1)*6    joint rotations, first two columns of the matrix, from swing-only inverse kinematics
+    (J-1)*6    joint rotations: the first two columns of each matrix, from swing-only IK
     J*3        joint velocities in the root frame
     4          foot contacts: left ankle, left toe, right ankle, right toe
 
-Layout and formulas are those of HumanML3D (Guo et al. 2022), quirks included: published models and
-statistics are tied to them.
+The layout and the formulas are HumanML3D's (Guo et al. 2022), including their quirks, because the
+published models and statistics depend on them.
 """
 from dataclasses import dataclass
 
@@ -22,16 +23,16 @@ from scipy.ndimage import gaussian_filter1d
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """What the representation has to know about a body. Joint numbers index axis -2 of `joints`."""
-    names: tuple              # J joint names, with a left_ or right_ prefix
-    chains: tuple             # kinematic chains, root outwards
+    """What the representation needs to know about a body. Joint numbers index axis -2 of joints."""
+    names: tuple              # J joint names; those off the middle start with left_ or right_
+    chains: tuple             # kinematic chains, from the root outwards
     raw_offsets: np.ndarray   # (J, 3) unit direction of each bone in the rest pose
-    leg_joints: tuple         # knee and ankle of one leg: their bones measure a body's size
-    feet: tuple               # left ankle (KIT: heel), left toe, right ankle, right toe
+    leg_joints: tuple         # knee and ankle of one leg; their bones measure the size of a body
+    feet: tuple               # left ankle (KIT-ML: heel), left toe, right ankle, right toe
     facing: tuple             # right hip, left hip, right shoulder, left shoulder
     fps: float
-    min_frames: int           # the field's shortest clip
-    contact_threshold: float  # squared displacement per frame below which a foot stands (KIT: mm²)
+    min_frames: int           # the standard data preparation drops shorter clips
+    contact_threshold: float  # a foot that moves less touches the floor (squared, per frame)
     units_per_metre: float
 
     @property
@@ -44,7 +45,7 @@ class Skeleton:
 
     @property
     def parents(self):
-        """(J,) parent of each joint; the root is its own."""
+        """(J,) parent of each joint. The root is its own parent."""
         parents = np.zeros(self.n_joints, dtype=int)
         for chain in self.chains:
             parents[list(chain[1:])] = chain[:-1]
@@ -52,7 +53,7 @@ class Skeleton:
 
     @property
     def swap(self):
-        """(J,) the joint on the other side of the body, itself in the middle."""
+        """(J,) the corresponding joint on the other side of the body; a middle joint is its own."""
         swap = []
         for name in self.names:
             side, _, part = name.partition('_')
@@ -97,114 +98,119 @@ SKELETONS = {
 
 
 def mirror(joints, skeleton):
-    """Left and right exchanged: joints (..., J, 3) reflected in the plane x = 0."""
+    """Exchange left and right: joints (..., J, 3) reflected in the plane x = 0."""
     return joints[..., skeleton.swap, :] * np.array([-1, 1, 1], joints.dtype)
 
 
 def bone_offsets(joints, skeleton):
-    """Rest-pose offsets (J, 3) of the body seen in one pose (J, 3), for `joints_to_features`."""
+    """Rest-pose offsets (J, 3) of the body in one pose (J, 3), for `joints_to_features`."""
     bones = joints - joints[skeleton.parents]
     lengths = np.linalg.norm(bones, axis=-1)
     return skeleton.raw_offsets * lengths[:, None]
 
 
-def unit(vectors, fallback=0.0):
-    """Vectors (..., 3) at length 1; the fallback where there is no length."""
+def unit_vectors(vectors, fallback=0.0):
+    """Vectors (..., 3) scaled to length 1, or `fallback` where the length is 0."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     directions = vectors / np.maximum(length, 1e-8)
     return np.where(length > 1e-8, directions, fallback)
 
 
 def smooth(x, sigma):
-    """Gaussian filter along axis 0, the ends held, cut at 4 sigma: (T, ...) -> (T, ...)."""
+    """Gaussian filter of (T, ...) along axis 0, sigma in frames; the end values are repeated."""
     return gaussian_filter1d(x, sigma, axis=0, mode='nearest')
 
 
 def resample(joints, fps, new_fps):
-    """Linear interpolation in time of (T, J, 3) from one frame rate to another."""
-    at = np.arange(0, len(joints) - 1 + 1e-6, fps / new_fps)
-    before = np.minimum(at.astype(int), len(joints) - 2)
-    share = (at - before)[:, None, None]
-    return joints[before] * (1 - share) + joints[before + 1] * share
+    """Change the frame rate of joints (T, J, 3) by linear interpolation."""
+    times = np.arange(0, len(joints) - 1 + 1e-6, fps / new_fps)
+    before = np.minimum(times.astype(int), len(joints) - 2)
+    weight = (times - before)[:, None, None]
+    return joints[before] * (1 - weight) + joints[before + 1] * weight
 
 
-# A yaw is an angle about Y from Z+ towards X+, the way a body faces.
+# -------------------------------------------------------------------------------------------------
+# Joints <-> features. Yaw is the angle about Y that a body faces, measured from Z+ towards X+.
 
 
-def _turn(vectors, yaw):
-    """Vectors (..., 3) turned about Y by yaw (...); the two broadcast."""
+def _rotate_y(vectors, yaw):
+    """Rotate vectors (..., 3) about Y by yaw (...); the two broadcast."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     x, y, z = np.moveaxis(vectors, -1, 0)
-    turned = np.broadcast_arrays(cos * x + sin * z, y, cos * z - sin * x)
-    return np.stack(turned, -1)
+    rotated = np.broadcast_arrays(cos * x + sin * z, y, cos * z - sin * x)
+    return np.stack(rotated, -1)
 
 
 def _facing(joints, skeleton, hip_sign=1):
-    """The way that a body faces, its x and z (..., 2): the cross product of up with the unit vector
-    across hips and shoulders; short where that tilts."""
-    facing = np.moveaxis(joints[..., skeleton.facing, :], -2, 0)
-    right_hip, left_hip, right_shoulder, left_shoulder = facing
+    """x and z (..., 2) of the direction that a body faces: the cross product of the up axis and the
+    unit vector across hips and shoulders. It is shorter than 1 where that vector tilts."""
+    facing_joints = np.moveaxis(joints[..., skeleton.facing, :], -2, 0)
+    right_hip, left_hip, right_shoulder, left_shoulder = facing_joints
     across = hip_sign * (right_hip - left_hip) + right_shoulder - left_shoulder
-    across = unit(across, np.array([-1.0, 0.0, 0.0]))
+    across = unit_vectors(across, np.array([-1.0, 0.0, 0.0]))
     return np.stack([across[..., 2], -across[..., 0]], -1)
 
 
-def _yaw(forward):
-    return np.arctan2(forward[..., 0], forward[..., 1])
+def _yaw(facing):
+    return np.arctan2(facing[..., 0], facing[..., 1])
 
 
 def _heading(joints, skeleton, steady):
-    """Smoothed yaw (T,) of a motion, without jumps of a full turn."""
+    """Smoothed yaw (T,) of a motion, unwrapped (no jumps of a full turn)."""
     if steady:
         yaw = np.unwrap(_yaw(_facing(joints, skeleton)))
         return smooth(yaw, 20)
-    # The reference subtracts the hip line here where it means to add it (its index names are in
-    # another order than its tuple): shoulders are wider than hips, so the direction survives, and
-    # models expect it. It also sets the first heading to 0.
+
+    # HumanML3D's code subtracts the hip line here where it means to add it, because its variables
+    # are not in the order of its joint tuple. Shoulders are wider than hips, so the direction is
+    # still right, and published models expect it. The code also sets the first heading to 0.
     yaw = _yaw(smooth(_facing(joints, skeleton, hip_sign=-1), 20))
     yaw[0] = 0
     return np.unwrap(yaw)
 
 
 def _bone_directions(joints, skeleton):
-    """Unit vector from the parent to each joint (T, J, 3); at rest for a bone of no length."""
-    return unit(joints - joints[:, skeleton.parents], skeleton.raw_offsets)
+    """Unit vector (T, J, 3) from the parent to each joint; a bone of length 0 points as at rest."""
+    return unit_vectors(joints - joints[:, skeleton.parents], skeleton.raw_offsets)
 
 
 def _retarget(joints, skeleton, offsets):
-    """The same bone directions with other bone lengths; root travel scales with leg length."""
+    """Keep the bone directions of joints (T, J, 3), take the bone lengths of offsets (J, 3), and
+    scale the root's path with leg length."""
     lengths = np.linalg.norm(offsets, axis=-1)
     own_lengths = np.linalg.norm(bone_offsets(joints[0], skeleton), axis=-1)
     legs = list(skeleton.leg_joints)
     scale = lengths[legs].sum() / own_lengths[legs].sum()
     bones = lengths[:, None] * _bone_directions(joints, skeleton)
-    result = scale * joints   # the root stays so
+
+    result = scale * joints   # final for the root, replaced below for all other joints
     for chain in skeleton.chains:
-        for parent, j in zip(chain, chain[1:]):
-            result[:, j] = result[:, parent] + bones[:, j]
+        for parent, joint in zip(chain, chain[1:]):
+            result[:, joint] = result[:, parent] + bones[:, joint]
     return result
 
 
-def _half_turn(axes):
-    """Matrices (..., 3, 3) of the half turns about unit axes (..., 3)."""
+def _half_turns(axes):
+    """Rotation matrices (..., 3, 3) by 180 degrees about unit axes (..., 3)."""
     return 2 * axes[..., :, None] * axes[..., None, :] - np.eye(3)
 
 
 def _rotations(joints, skeleton, yaw):
     """Swing-only inverse kinematics: (T, J-1, 6), two columns of each joint's relative rotation.
 
-    In the world a bone's rotation takes its rest direction to where it points now by the shortest
-    way: a half turn about the rest direction, then one about the line halfway between the two.
+    In the world, a bone's rotation takes its rest direction to its current direction by the
+    shortest arc: a half turn about the rest direction, then one about the bisector of the two.
     """
     rest = skeleton.raw_offsets
-    # opposite directions have no line between them; any axis square to both will do
-    square = np.roll(rest, -1, axis=-1)
-    halfway = unit(rest + _bone_directions(joints, skeleton), square)
-    world = _half_turn(halfway) @ _half_turn(rest)
+    # Opposite directions have no bisector. Any axis perpendicular to both works.
+    perpendicular = np.roll(rest, -1, axis=-1)
+    bisector = unit_vectors(rest + _bone_directions(joints, skeleton), perpendicular)
+    world = _half_turns(bisector) @ _half_turns(rest)
 
-    # every chain starts from the turn into the root frame, the arms' too, not from the spine's;
-    # that its inverse is applied keeps the world's heading in them, a quirk (see `steady`)
-    world[:, 0] = _turn(np.eye(3), yaw[:, None])  # the rows of that turn's matrix
+    # As in HumanML3D's code, every chain starts from the rotation into the root frame (the arms do
+    # not follow the spine), and what is applied is the inverse of that rotation. So the result
+    # still depends on the world heading (see `steady` in joints_to_features).
+    world[:, 0] = _rotate_y(np.eye(3), yaw[:, None])  # the rows of the rotation into the root frame
     before = np.zeros(skeleton.n_joints, dtype=int)
     for chain in skeleton.chains:
         before[list(chain[2:])] = chain[1:-1]
@@ -215,43 +221,48 @@ def _rotations(joints, skeleton, yaw):
 
 def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, steady=False):
     """World joint positions (T, J, 3), Y up, at the skeleton's frame rate -> (T-1, D) float64.
+    The last frame only serves to compute velocities.
 
-    offsets (J, 3): retarget to the body with these rest-pose offsets first (`bone_offsets`).
-    contact_threshold: default the skeleton's. The last frame is used up by velocities.
-    steady: two things that the field's features get wrong around turns; the joints that come back
-    are the same. Its smoothed facing vector vanishes in the middle of a spin, where the root frame
-    then flips within one frame, and its first heading is 0 whatever the next ones are: steady
-    smooths the heading as an angle. Its rotations are taken in the world, so that after a turn the
-    same pose has other ones (on toy 7 std away): steady takes them in the root frame.
-    ValueError for a wrong shape, fewer than 2 frames or numbers that are not finite.
+    offsets (J, 3): first retarget to the body with these rest-pose offsets (see `bone_offsets`).
+    contact_threshold: the skeleton's by default.
+    steady: correct two faults of HumanML3D's features around turns. `features_to_joints` returns
+        the same joints either way.
+        1. The smoothed facing vector vanishes in the middle of a spin, where the root frame then
+           flips within one frame, and the first heading is always 0. With steady, the heading is
+           smoothed as an angle.
+        2. Rotations depend on the world heading, so the same pose has different rotations after a
+           turn (on toy by 7 std). With steady, they are computed in the root frame.
+
+    ValueError for a wrong shape, fewer than 2 frames, NaN or infinity.
     """
     joints = np.asarray(joints, dtype=np.float64)
     if joints.ndim != 3 or joints.shape[1:] != (skeleton.n_joints, 3) or len(joints) < 2:
         raise ValueError(f'expected joints of shape (T >= 2, {skeleton.n_joints}, 3), '
                          f'found {joints.shape}')
     if not np.isfinite(joints).all():
-        raise ValueError('joint positions hold NaN or infinity')
+        raise ValueError('joint positions contain NaN or infinity')
     if offsets is not None:
         joints = _retarget(joints, skeleton, np.asarray(offsets, dtype=np.float64))
     if contact_threshold is None:
         contact_threshold = skeleton.contact_threshold
 
-    # floor at y = 0, first root over the origin, first pose facing Z+
+    # put the floor at y = 0 and the first root above the origin, and let the first pose face Z+
     origin = [joints[0, 0, 0], joints[..., 1].min(), joints[0, 0, 2]]
-    joints = _turn(joints - origin, -_yaw(_facing(joints[0], skeleton)))
+    joints = _rotate_y(joints - origin, -_yaw(_facing(joints[0], skeleton)))
 
     yaw = _heading(joints, skeleton, steady)
     step = np.diff(joints, axis=0)
-    # by the next frame's heading, a quirk of the field; features_to_joints knows
-    root_velocity = _turn(step[:, 0], -yaw[1:])
+    # HumanML3D uses the next frame's heading here; features_to_joints does the same
+    root_velocity = _rotate_y(step[:, 0], -yaw[1:])
     below_root = joints[:, :1] * [1, 0, 1]
-    in_root_frame = _turn(joints - below_root, -yaw[:, None])
+    in_root_frame = _rotate_y(joints - below_root, -yaw[:, None])
     if steady:
         rotations = _rotations(in_root_frame, skeleton, np.zeros_like(yaw))
     else:
         rotations = _rotations(joints, skeleton, yaw)
-    velocities = _turn(step, -yaw[:-1, None])
-    moved = (step[:, skeleton.feet] ** 2).sum(-1)
+    velocities = _rotate_y(step, -yaw[:-1, None])
+    foot_movement = (step[:, skeleton.feet] ** 2).sum(-1)
+
     n = len(step)
     return np.concatenate([
         -np.diff(yaw)[:, None] / 2,
@@ -260,16 +271,17 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
         in_root_frame[:-1, 1:].reshape(n, -1),
         rotations[:-1].reshape(n, -1),
         velocities.reshape(n, -1),
-        moved < contact_threshold,
+        foot_movement < contact_threshold,
     ], -1)
 
 
 def features_to_joints(features, n_joints):
-    """Features (..., T, D) -> world joint positions (..., T, J, 3); numpy to numpy, torch to torch.
+    """Features (..., T, D) -> world joint positions (..., T, J, 3), as a NumPy array or a torch
+    tensor like the input.
 
-    Integrates root yaw and root velocity, then places the root-frame positions; rotations and
-    velocities are not used, as in the field. Computed in float64 on the host. ValueError for a
-    wrong width.
+    Integrates root yaw and root velocity, then places the root-frame positions. As in HumanML3D's
+    code, rotations and joint velocities are not used. Computed in float64 on the CPU. ValueError
+    for features of another width.
     """
     if isinstance(features, torch.Tensor):
         joints = features_to_joints(features.detach().cpu().double().numpy(), n_joints)
@@ -280,90 +292,99 @@ def features_to_joints(features, n_joints):
                          f'found {features.shape[-1]}')
     x = features.astype(np.float64)
 
-    # velocities lead from frame t to t + 1: the first frame has none
+    # velocity t leads from frame t to frame t + 1, so the first frame starts from 0
     velocity = np.zeros_like(x[..., :3])
     velocity[..., 1:, :] = x[..., :-1, :3]
-    yaw = -2 * np.cumsum(velocity[..., 0], -1)  # feature 0 is half the angle, the other way round
+    yaw = -2 * np.cumsum(velocity[..., 0], -1)  # feature 0 is minus half of the change
     step = np.stack([velocity[..., 1], np.zeros_like(yaw), velocity[..., 2]], -1)
-    root = np.cumsum(_turn(step, yaw), -2)
+    root = np.cumsum(_rotate_y(step, yaw), -2)
 
     joints = np.zeros((*x.shape[:-1], n_joints, 3))
     joints[..., 0, 1] = x[..., 3]
     positions = x[..., 4:3 * n_joints + 1]
     joints[..., 1:, :] = positions.reshape(*x.shape[:-1], n_joints - 1, 3)
-    joints = _turn(joints, yaw[..., None]) + root[..., None, :]
+    joints = _rotate_y(joints, yaw[..., None]) + root[..., None, :]
     return joints.astype(features.dtype)
 
 
 # -------------------------------------------------------------------------------------------------
-# Feet that stand
+# Foot locking
+
+PLANTED_SPEED = 0.8    # metres per second; a slower foot near the floor is planted
+PLANTED_HEIGHT = 0.03  # metres above the lowest 5% of the joint's heights
+MAX_SHIFT = 0.025      # metres by which a foot is moved at most, before inverse kinematics
 
 
-def two_bone(root, target, a, b, pole, most=1.0):
-    """Bones of lengths a and b from root towards target (..., 3), bending towards pole -> middle
-    joint, end joint. A target beyond most of their reach is pulled in, so bones keep their
-    lengths."""
-    way = target - root
-    line = unit(way)
-    distance = np.linalg.norm(way, axis=-1, keepdims=True)
-    distance = distance.clip(0.1, most * (a + b))
-    along = (a * a - b * b + distance * distance) / (2 * distance)
-    aside = np.sqrt(np.maximum(a * a - along * along, 0))
-    across = unit(pole - line * (pole * line).sum(-1, keepdims=True))
-    middle = root + along * line + aside * across
-    return middle, root + distance * line
+def two_bone_ik(root, target, upper, lower, pole, max_reach=1.0):
+    """Inverse kinematics of a limb with two bones -> positions of its middle and end joint.
+
+    root, target, pole (..., 3): the fixed joint, where the end should be, and the direction in
+    which the middle joint bends. upper, lower: bone lengths, which are kept: a target beyond
+    max_reach of their sum is pulled in.
+    """
+    to_target = target - root
+    direction = unit_vectors(to_target)
+    distance = np.linalg.norm(to_target, axis=-1, keepdims=True)
+    distance = distance.clip(0.1, max_reach * (upper + lower))
+
+    # the middle joint, along the line to the target and perpendicular to it
+    along = (upper * upper - lower * lower + distance * distance) / (2 * distance)
+    across = np.sqrt(np.maximum(upper * upper - along * along, 0))
+    bend = unit_vectors(pole - direction * (pole * direction).sum(-1, keepdims=True))
+    middle = root + along * direction + across * bend
+    return middle, root + distance * direction
 
 
-STANDS = 0.8      # metres a second: a low foot that is slower stands
-LOW = 0.03        # metres above its lowest 5% of frames
-FARTHEST = 0.025  # metres that a foot is moved at most, before inverse kinematics
-
-
-def _pinning(place, skeleton, fps):
-    """Path of a foot's joint (T, 3) -> what to add to it (T, 3), so that it rests in the middle of
-    each stretch in which it stands; in between the way from one such offset to the next."""
+def _planting_shifts(path, skeleton, fps):
+    """Horizontal shifts (T, 3) for the path (T, 3) of a foot joint. While the foot is planted, they
+    move it to its mean position of that period; in between they are interpolated."""
     metre = skeleton.units_per_metre
-    speed = np.linalg.norm(np.gradient(place[:, [0, 2]], axis=0), axis=-1)
-    low = place[:, 1] < np.percentile(place[:, 1], 5) + LOW * metre
-    stands = low & (speed < STANDS * metre / fps)
-    frames = np.flatnonzero(stands)
-    if not len(frames):
-        return np.zeros_like(place)
-    offsets = []
-    for stretch in np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1):
-        offset = (place[stretch].mean(0) - place[stretch]) * [1, 0, 1]
-        length = np.linalg.norm(offset, axis=-1, keepdims=True)
-        offsets.append(offset * np.minimum(1, FARTHEST * metre / np.maximum(length, 1e-9)))
-    offsets = np.concatenate(offsets)
-    everywhere = np.arange(len(place))
-    return np.stack([np.interp(everywhere, frames, axis) for axis in offsets.T], -1)
+    speed = np.linalg.norm(np.gradient(path[:, [0, 2]], axis=0), axis=-1)
+    low = path[:, 1] < np.percentile(path[:, 1], 5) + PLANTED_HEIGHT * metre
+    planted = np.flatnonzero(low & (speed < PLANTED_SPEED * metre / fps))
+    if not len(planted):
+        return np.zeros_like(path)
+
+    shifts = []
+    for frames in np.split(planted, np.flatnonzero(np.diff(planted) > 1) + 1):
+        shift = (path[frames].mean(0) - path[frames]) * [1, 0, 1]
+        length = np.linalg.norm(shift, axis=-1, keepdims=True)
+        shifts.append(shift * np.minimum(1, MAX_SHIFT * metre / np.maximum(length, 1e-9)))
+    shifts = np.concatenate(shifts)
+    frames = np.arange(len(path))
+    return np.stack([np.interp(frames, planted, axis) for axis in shifts.T], -1)
 
 
 def lock_feet(joints, skeleton, fps=None):
-    """Joints (T, J, 3) -> the same with feet that do not slide while they stand; legs follow by
-    inverse kinematics, and bones keep their lengths. Post-processing, for the eye: it has no place
-    in an evaluation. fps: the skeleton's.
+    """Joints (T, J, 3) -> the same motion without sliding of planted feet. The legs follow by
+    inverse kinematics, and bones keep their lengths. fps: the skeleton's by default.
 
-    64 generated test clips, rigid body (bvh.py) and this: eval_t2m.py's slide falls from 0.17 to
-    0.06 cm a frame on toy, from 0.37 to 0.16 on bandai; no joint moves by more than 1.3 cm on
-    average, in no clip by more than 2.7.
+    This is post-processing for viewing; do not evaluate its result. On 64 generated test clips with
+    rigid bones (see lib/bvh.py), foot sliding as eval_t2m.py measures it falls from 0.17 to 0.06 cm
+    per frame on toy and from 0.37 to 0.16 on bandai. No joint moves by more than 1.3 cm on average,
+    or by more than 2.7 cm in any one clip.
     """
     joints = np.array(joints, dtype=np.float64)
-    pinned = joints.copy()
+    locked = joints.copy()
     for foot in skeleton.feet:
-        pinned[:, foot] += _pinning(joints[:, foot], skeleton, fps or skeleton.fps)
+        locked[:, foot] += _planting_shifts(joints[:, foot], skeleton, fps or skeleton.fps)
 
     lengths = np.linalg.norm(joints - joints[:, skeleton.parents], axis=-1, keepdims=True)
     for side, heel, toe in zip(('left', 'right'), skeleton.feet[::2], skeleton.feet[1::2]):
         hip, knee, ankle = (skeleton.names.index(f'{side}_{part}')
                             for part in ('hip', 'knee', 'ankle'))
-        sole = unit(pinned[:, heel] - pinned[:, toe])
-        pinned[:, heel] = pinned[:, toe] + lengths[:, toe] * sole
-        goal = joints[:, ankle] + pinned[:, heel] - joints[:, heel]
+
+        # the toe decides where the foot is, the heel only where it points
+        sole = unit_vectors(locked[:, heel] - locked[:, toe])
+        locked[:, heel] = locked[:, toe] + lengths[:, toe] * sole
+
+        target = joints[:, ankle] + locked[:, heel] - joints[:, heel]
         pole = joints[:, knee] - (joints[:, hip] + joints[:, ankle]) / 2
-        pinned[:, knee], reached = two_bone(joints[:, hip], goal, lengths[:, knee],
-                                            lengths[:, ankle], pole)
+        locked[:, knee], reached = two_bone_ik(
+            joints[:, hip], target, lengths[:, knee], lengths[:, ankle], pole)
+
+        # when the leg is too short, the whole foot follows the ankle
         for joint in (heel, toe):
-            pinned[:, joint] += reached - goal
-        pinned[:, ankle] = reached
-    return pinned
+            locked[:, joint] += reached - target
+        locked[:, ankle] = reached
+    return locked

@@ -1,5 +1,4 @@
-"""The project is a flat folder: tests import its files from the folder above, and run its scripts
-with `run_script`."""
+"""Tests import the project's files from the folder above, and run its scripts with `run_script`."""
 import multiprocessing
 import os
 import runpy
@@ -13,17 +12,17 @@ PYTHON = [sys.executable]
 TORCHRUN = [*PYTHON, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 sys.path.insert(0, PROJECT)
 
-# Most of a short script's time are 4 seconds of imports. This server has made them, once, and has
-# computed nothing: no threads, no CUDA. Each script runs in a process forked from it.
+# A short script spends most of its time, four seconds, on imports. This server has imported the
+# slow modules once and has computed nothing (no threads, no CUDA). Scripts run in forks of it.
 os.environ['OMP_NUM_THREADS'] = '1'
 server = multiprocessing.get_context('forkserver')
 server.set_forkserver_preload(['torch._dynamo', 'matplotlib.figure', 'scipy.signal', 'tqdm'])
 
 
 def run_script(folder, *command, launcher=None, **env):
-    """`python command[0] command[1] ...` in `folder`, a script of the project or another by its
-    absolute path, with more environment variables -> exit code, stdout, stderr. launcher: PYTHON or
-    TORCHRUN, to start new interpreters for it."""
+    """Run `python command[0] command[1] ...` in `folder` with additional environment variables ->
+    exit code, stdout, stderr. command[0] is a script of the project or an absolute path. launcher:
+    PYTHON or TORCHRUN, to start new interpreters for it."""
     script = os.path.join(PROJECT, command[0])
     argv = [script, *command[1:]]
     if launcher:
@@ -36,12 +35,12 @@ def run_script(folder, *command, launcher=None, **env):
         p = server.Process(target=become, args=(folder, argv, env, out.name, err.name))
         p.start()
         p.join(300)
-        p.kill()   # if it still runs
+        p.kill()   # if it is still running
         return p.exitcode, out.read(), err.read()
 
 
 def become(folder, argv, env, out, err):
-    """What a new interpreter does with argv, in the process that calls it."""
+    """Do in this process what a new interpreter does with argv."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.environ.update(env)

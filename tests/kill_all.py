@@ -1,11 +1,11 @@
-"""Kill training as often as one likes, at any moment, and see that nothing is lost:
+"""Kill training many times, at random moments, and check that nothing is lost:
 
     python tests/kill_all.py [--kills=20] [--stages=vq,mask,res,len]
 
-Every stage is trained on a tiny data set in one go, and again with so many SIGKILLs, each followed
-by --init_from=resume. The two must end with the same bits: weights, optimizer, random states,
-history. Whenever it is killed, the checkpoints that lie there must load. Where it is killed is
-chance, but half of the kills come right after a file of the run has appeared or changed.
+Every stage is trained twice on a tiny data set: once without interruption, and once with SIGKILLs,
+each followed by --init_from=resume. Both runs must end with the same bits: weights, optimizer,
+random states, history. After every kill, the checkpoints in the folder must load. The moment of a
+kill is random, but half of the kills come right after a file of the run has appeared or changed.
 """
 import argparse
 import contextlib
@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,16 +21,11 @@ import torch
 from conftest import PROJECT, become, server
 from test_train import CONFIG, TINY, train, write_data
 
-sys.path.insert(0, PROJECT)
 from lib import runtime
-
-STEPS = {'vq': '--vq_iters={0} --vq_eval_every=4'}
-for stage in ('mask', 'res', 'len'):
-    STEPS[stage] = f'--{stage}_iters={{0}} --eval_every=4'
 
 
 def begin(folder, *command):
-    """A script in a process of its own, which gets a signal as a new interpreter would."""
+    """Start a script in its own process, which receives signals as a new interpreter would."""
     log = str(folder / 'log')
     open(log, 'w').close()
     argv = [os.path.join(PROJECT, command[0]), *command[1:]]
@@ -46,55 +40,59 @@ def finish(folder, *command):
     assert process.exitcode == 0, (folder / 'log').read_text()
 
 
-def look(out, stage, watched):
-    """Names and times of the files that are watched; every checkpoint must load."""
+def file_times(out, stage, watched):
+    """{name: time of the last change} of the watched files. Every checkpoint must load."""
     for file in out.glob(f'{stage}*.pt'):
         runtime.load(file, '', stage)
     times = {}
     for path in out.glob(watched):
-        with contextlib.suppress(FileNotFoundError):   # it has just taken its place
+        with contextlib.suppress(FileNotFoundError):   # it was renamed in the meantime
             times[path.name] = path.stat().st_mtime_ns
     return times
 
 
 def kill_and_resume(folder, stage, kills, steps, seed=0):
-    """Train `stage` in out/whole in one go and in out/cut with kills -> (kills that met a run at
-    work, the steps that were in the checkpoint at each)."""
+    """Train `stage` in out/whole without interruption and in out/cut with kills. Returns, for each
+    kill that hit a running process, the step of the checkpoint at that time."""
     rng = random.Random(seed)
     outs = [folder / 'out' / f'{stage}_{name}' for name in ('whole', 'cut')]
     for out in outs:
         os.makedirs(out)
         if stage != 'vq':
             shutil.copy(folder / 'out' / 'tiny' / 'vq.pt', out)
-    whole, cut = ([*train(stage), f'--out_dir={out}', *STEPS[stage].format(steps).split()]
+    eval_every = '--vq_eval_every=4' if stage == 'vq' else '--eval_every=4'
+    whole, cut = ([*train(stage), f'--out_dir={out}', f'--{stage}_iters={steps}', eval_every]
                   for out in outs)
     finish(folder, *whole)
 
     last = outs[1] / f'{stage}_last.pt'
+
+    def next_command():
+        return [*cut, '--init_from=resume' if last.exists() else '--overwrite=True']
+
     done = []
     while len(done) < kills:
-        command = [*cut, '--init_from=resume' if last.exists() else '--overwrite=True']
-        watched = rng.choice([f'*{stage}*.pt*', last.name])   # also what is half written
-        there = look(outs[1], stage, watched)
-        process = begin(folder, *command)
-        patience = time.monotonic() + 60
-        while look(outs[1], stage, watched) == there and process.is_alive():
-            assert time.monotonic() < patience
+        watched = rng.choice([f'*{stage}*.pt*', last.name])   # the first includes unfinished files
+        before = file_times(outs[1], stage, watched)
+        process = begin(folder, *next_command())
+        deadline = time.monotonic() + 60
+        while file_times(outs[1], stage, watched) == before and process.is_alive():
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(rng.choice([0, 0.15]) * rng.random())
         process.kill()
         process.join()
-        look(outs[1], stage, watched)
-        if process.exitcode != -signal.SIGKILL:   # it was faster
+        file_times(outs[1], stage, watched)
+        if process.exitcode != -signal.SIGKILL:   # the run ended before the signal
             assert process.exitcode == 0, (folder / 'log').read_text()
             break
         done.append(torch.load(last)['it'] if last.exists() else 0)
-    finish(folder, *cut, '--init_from=resume' if last.exists() else '--overwrite=True')
+    finish(folder, *next_command())
 
     for name in (f'{stage}.pt', f'{stage}_last.pt'):
         one, two = (torch.load(out / name) for out in outs)
         for checkpoint in (one, two):
-            del checkpoint['settings']   # these say where the run lies
+            del checkpoint['settings']   # they name the folder
             checkpoint.pop('vq', None)
         assert same(one, two), f'{name} differs after kills at {done}'
     assert not list(outs[1].glob('.*.tmp'))
@@ -102,7 +100,7 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
 
 
 def same(a, b):
-    """The same numbers in nested dicts and lists?"""
+    """Do two nested dicts and lists hold the same numbers?"""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -112,13 +110,13 @@ def same(a, b):
     return a == b
 
 
-def main():
+if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--stages', default='vq,mask,res,len')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         os.makedirs(folder / 'config')
         (folder / CONFIG).write_text(TINY)
         write_data(str(folder / 'data' / 'tiny'))
@@ -126,9 +124,5 @@ def main():
         for stage in args.stages.split(','):
             start = time.time()
             done = kill_and_resume(folder, stage, args.kills, steps=16 * args.kills)
-            print(f'{stage}: {len(done)} of {args.kills} kills, with step {done} saved; the end is '
-                  f'the same to the bit; {time.time() - start:.0f} s', flush=True)
-
-
-if __name__ == '__main__':
-    main()
+            print(f'{stage}: {len(done)} of {args.kills} kills, at the saved steps {done}; the '
+                  f'final bits are the same; {time.time() - start:.0f} s', flush=True)

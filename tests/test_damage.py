@@ -432,10 +432,10 @@ def test_cached_tokens(tmp_path, change):
     """Short ones were clamped: the end of a clip then repeated one token."""
     split = packed(tmp_path)
     path = tmp_path / 'ids.npy'
-    np.save(path, change(data.tokenize(FrameNumbers(), split, path)))
-    sentence(lambda: data.tokenize(FrameNumbers(), split, path), 'ids.npy', 'delete it')
+    np.save(path, change(data.cached_tokens(FrameNumbers(), split, path)))
+    sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), 'ids.npy', 'delete it')
     path.write_bytes(path.read_bytes()[:500])
-    sentence(lambda: data.tokenize(FrameNumbers(), split, path), 'ids.npy', 'delete it')
+    sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), 'ids.npy', 'delete it')
 
 
 @pytest.mark.parametrize('damage', [
@@ -449,9 +449,9 @@ def test_cached_text(tmp_path, damage):
     def tower(device):
         return lambda captions: torch.ones(len(captions), 512)
 
-    text.condition(['a', 'b'], 'clip', cache=str(tmp_path), tower=tower)
+    text.caption_vectors(['a', 'b'], 'clip', cache=str(tmp_path), tower=tower)
     damage(tmp_path)
-    sentence(lambda: text.condition(['a'], 'clip', cache=str(tmp_path), tower=tower),
+    sentence(lambda: text.caption_vectors(['a'], 'clip', cache=str(tmp_path), tower=tower),
              'text_clip.npz', 'delete it')
 
 
@@ -459,7 +459,7 @@ def test_cached_text(tmp_path, damage):
     'человек идёт', '人が歩く', 'the a of', '!?', '\N{WAVING HAND SIGN}'])
 def test_a_prompt_of_no_words(prompt):
     """Its vector was zeros: no condition at all, and no word of it."""
-    sentence(lambda: text.condition(['a person walks', prompt], 'hash', 'clauses'), prompt,
+    sentence(lambda: text.caption_vectors(['a person walks', prompt], 'hash', 'clauses'), prompt,
              'text_encoder=clip')
 
 

@@ -223,7 +223,7 @@ def field_folder(root, clips, texts, splits, dim=263, stats=True):
     for name, array in clips.items():
         np.save(root / 'new_joint_vecs' / f'{name}.npy', array)
     for name, text in texts.items():
-        (root / 'texts' / f'{name}.txt').write_bytes(text.encode())
+        (root / 'texts' / f'{name}.txt').write_bytes(text.encode_captions())
     for split, names in splits.items():
         (root / f'{split}.txt').write_bytes('\r\n'.join(names).encode() + b'\r\n')
     if stats:
@@ -686,22 +686,22 @@ class FrameNumbers:
 
 def tokens_of(folder, lengths, n_captions):
     split = packed(folder, lengths, n_captions)
-    ids = data.tokenize(FrameNumbers(), split, folder / 'ids.npy')
+    ids = data.cached_tokens(FrameNumbers(), split, folder / 'ids.npy')
     n = len(split.captions)
     vectors = torch.arange(n).float()[:, None].expand(n, 512)
     index = torch.arange(n)[:, None].expand(n, 3)
-    c_valid = torch.tensor([1, 0, 0], dtype=torch.int8).expand(n, 3)
-    return split, Tokens(split, ids, vectors, index, c_valid, 'cpu')
+    role = torch.tensor([1, 0, 0], dtype=torch.int8).expand(n, 3)
+    return split, Tokens(split, ids, vectors, index, role, 'cpu')
 
 
 def test_tokens_are_made_once(tmp_path, monkeypatch):
     split = packed(tmp_path, (50, 61))
-    ids = data.tokenize(FrameNumbers(), split, tmp_path / 'ids.npy')
+    ids = data.cached_tokens(FrameNumbers(), split, tmp_path / 'ids.npy')
     assert ids.shape == (4, 12 + 15, 2)
     assert ids.dtype == np.int16
     assert ids[3, 12:26].tolist() == [[1, 3 + 4 * k] for k in range(14)]
     monkeypatch.delattr(FrameNumbers, 'encode')
-    assert np.array_equal(data.tokenize(FrameNumbers(), split, tmp_path / 'ids.npy'), ids)
+    assert np.array_equal(data.cached_tokens(FrameNumbers(), split, tmp_path / 'ids.npy'), ids)
 
 
 def test_a_crops_tokens_are_those_of_its_frames(tmp_path):
@@ -709,11 +709,11 @@ def test_a_crops_tokens_are_those_of_its_frames(tmp_path):
     split, tokens = tokens_of(tmp_path, lengths.tolist(), (1, 2, 1, 1))
     captions = torch.arange(5).repeat(400)
     clip = torch.tensor([0, 1, 1, 2, 3]).repeat(400)
-    ids, c, c_valid, valid = tokens.batch(captions, torch.Generator().manual_seed(0))
+    ids, c, role, valid = tokens.batch(captions, torch.Generator().manual_seed(0))
     assert ids.shape == (2000, 49, 2)
     assert c[:, 0, 0].tolist() == captions.tolist()
     assert c.shape == (2000, 1, 512)   # as many condition tokens as the batch needs
-    assert c_valid.all()
+    assert role.all()
     n = valid.sum(1)
     lost = lengths[clip] // 4 - n
     assert set(lost.tolist()) == {0, 1}

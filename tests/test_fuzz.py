@@ -294,13 +294,13 @@ def test_motion(whole, edits):
 def test_cached_tokens(tmp_path):
     split = packed(tmp_path)
     path = tmp_path / 'ids.npy'
-    right = data.tokenize(FrameNumbers(), split, path)
+    right = data.cached_tokens(FrameNumbers(), split, path)
     whole = path.read_bytes()
 
     @fuzz(500)
     def run(edits):
         path.write_bytes(mutate(whole, edits))
-        ids = answer(path, lambda: data.tokenize(FrameNumbers(), split, path))
+        ids = answer(path, lambda: data.cached_tokens(FrameNumbers(), split, path))
         if ids is not None:
             assert ids.shape == right.shape and ids.dtype == np.int16
             assert 0 <= ids.min() and ids.max() < 200
@@ -313,7 +313,7 @@ def test_cached_text(tmp_path):
         return lambda captions: torch.ones(len(captions), 512)
 
     def condition():
-        return text.condition(['a', 'b'], 'clip', cache=str(tmp_path), tower=tower)
+        return text.caption_vectors(['a', 'b'], 'clip', cache=str(tmp_path), tower=tower)
 
     condition()
     path = tmp_path / 'text_clip.npz'

@@ -63,28 +63,28 @@ def drawn(nodes):
     """[('walk', 2), ('a man', 3)] -> 'walk(ARG0: a man)'"""
     actions = []
     for words, role in nodes:
-        if role == hgm3.ACTION:
+        if role == text.ACTION:
             actions.append((words, []))
         else:
-            actions[-1][1].append(f'{hgm3.EDGES[role - hgm3.FIRST_EDGE]}: {words}')
+            actions[-1][1].append(f'{text.EDGES[role - text.FIRST_EDGE]}: {words}')
     return ' '.join(f'{verb}({"; ".join(said)})' for verb, said in actions)
 
 
 @pytest.mark.parametrize('tokens', GRAPHS)
 def test_graphs_by_hand(tokens):
-    assert drawn(hgm3.graph(tokens)) == GRAPHS[tokens]
+    assert drawn(text.caption_graph(tokens)) == GRAPHS[tokens]
 
 
 def test_prompts_get_the_tags_of_training_captions():
-    table = hgm3.tag_table(GRAPHS)
-    tagged = hgm3.tagged('A man is kicking with his left leg, then he walks.', table)
-    assert drawn(hgm3.graph(tagged)) == (
+    table = text.tag_table(GRAPHS)
+    tagged = text.tagged('A man is kicking with his left leg, then he walks.', table)
+    assert drawn(text.caption_graph(tagged)) == (
         'kicking(ARG0: a man; ARG2: with his left leg) walks(TMP: then; ARG0: he)')
-    assert hgm3.graph(hgm3.tagged('zorp', table)) == []
+    assert text.caption_graph(text.tagged('zorp', table)) == []
 
 
 def roles_of(tokens):
-    nodes = hgm3.graph(tokens)
+    nodes = text.caption_graph(tokens)
     return torch.tensor([[1, *(role for _, role in nodes)]])
 
 
@@ -95,7 +95,7 @@ def test_edges_are_those_of_the_tree():
     for parent, child, edge in ((0, 1, 11), (0, 4, 11), (1, 2, 0), (1, 3, 8), (4, 5, 2)):
         expected[parent, child] = expected[child, parent] = edge
     assert torch.equal(kind, expected)
-    assert torch.equal(hgm3.edges(hgm3.show(role, 1))[0], expected)   # hidden nodes stay in it
+    assert torch.equal(hgm3.edges(hgm3.visible_nodes(role, 1))[0], expected)   # hidden nodes stay in it
 
 
 def test_graph_attention_is_eqs_9_to_11():
@@ -134,12 +134,12 @@ def test_order_of_specifics_and_padding_change_nothing():
 def test_levels():
     role = torch.tensor([[1, 2, 3, 11, 2, 5, 0]])
     for level, shown in ((1, [0]), (2, [0, 1, 4]), (3, [0, 1, 2, 3, 4, 5])):
-        visible = hgm3.show(role, level)
+        visible = hgm3.visible_nodes(role, level)
         assert (visible[0] > 0).nonzero()[:, 0].tolist() == shown
         assert torch.equal(visible.abs(), role)
-        assert torch.equal(hgm3.show(visible, 3), role)
-    assert [hgm3.level(step) for step in range(10)] == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3]   # Eq 14
-    assert [hgm3.level(step, 0, 0) for step in range(3)] == [3, 3, 3]
+        assert torch.equal(hgm3.visible_nodes(visible, 3), role)
+    assert [hgm3.decoding_level(step) for step in range(10)] == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3]   # Eq 14
+    assert [hgm3.decoding_level(step, 0, 0) for step in range(3)] == [3, 3, 3]
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ def small():
     torch.manual_seed(0)
     config = ModelConfig(**SMALL, graph=True, spectral_attn=False, dropout=0.0)
     tokens = list(GRAPHS)[:4]
-    nodes = [hgm3.graph(t) for t in tokens]
-    c, role = text.condition(tokens, 'hash', 'graph', nodes)
+    nodes = [text.caption_graph(t) for t in tokens]
+    c, role = text.caption_vectors(tokens, 'hash', 'graph', nodes)
     valid = torch.arange(12) < torch.tensor([12, 5, 9, 12])[:, None]
     return MaskTransformer(config, torch.randn(20, 8)).eval(), c, role, valid
 
@@ -157,7 +157,7 @@ def test_hidden_nodes_are_heard_through_the_graph_only(small):
     """At level 1 the transformer is shown C^m alone, which has read the actions (Eq 11)."""
     m, c, role, valid = small
     ids = torch.randint(20, valid.shape)
-    motion = hgm3.show(role, 1)
+    motion = hgm3.visible_nodes(role, 1)
     with torch.no_grad():
         out = m(ids, c, motion, valid)
         changed = c.clone()
@@ -176,7 +176,7 @@ def test_hidden_nodes_cost_no_tokens(small, monkeypatch):
     m, c, role, valid = small
     ids = torch.randint(20, valid.shape)
     for level in (1, 2, 3):
-        shown = hgm3.show(role, level)
+        shown = hgm3.visible_nodes(role, level)
         with torch.no_grad():
             front, front_valid = m.trunk.condition(c, shown)
             out = m(ids, c, shown, valid)
@@ -197,9 +197,9 @@ def test_decoding_hears_more_step_by_step(small):
     shown = []
     forward = m.forward
 
-    def remember(ids, c, c_valid, *more, **rest):
-        shown.append((c_valid > 0).sum(1))
-        return forward(ids, c, c_valid, *more, **rest)
+    def remember(ids, c, role, *more, **rest):
+        shown.append((role > 0).sum(1))
+        return forward(ids, c, role, *more, **rest)
 
     m.forward = remember
     generate_base(m, c, role, valid.sum(1), steps=10, motion_steps=2, action_steps=5)
@@ -247,12 +247,12 @@ def batch():
 
 
 def loss_of(miner):
-    ids, c, c_valid, valid = batch()
+    ids, c, role, valid = batch()
     masked, chosen = miner.reconstructor.mask_tokens(
         ids, c, valid, 'random', generator=torch.Generator().manual_seed(0))
     targets = torch.where(chosen, ids, -100)
-    loss = miner(masked, c, c_valid, valid, targets, chosen.sum(), None, ids)
-    alone = miner.reconstructor(masked, c, c_valid, valid, targets)
+    loss = miner(masked, c, role, valid, targets, chosen.sum(), None, ids)
+    alone = miner.reconstructor(masked, c, role, valid, targets)
     return loss, alone
 
 
@@ -315,12 +315,12 @@ def test_without_hard_tokens_it_is_momask_to_the_bit():
         g = torch.Generator().manual_seed(0)
         torch.manual_seed(5)
         for _ in range(4):
-            ids, c, c_valid, valid = batch()
-            difficulty = miner.difficulty(ids, c, c_valid, valid)
+            ids, c, role, valid = batch()
+            difficulty = miner.difficulty(ids, c, role, valid)
             masked, chosen = model.mask_tokens(ids, c, valid, mask_by, difficulty=difficulty,
                                                hard_share=0.0, generator=g)
             targets = torch.where(chosen, ids, -100)
-            inputs = masked, c, c_valid, valid, targets, chosen.sum()
+            inputs = masked, c, role, valid, targets, chosen.sum()
             loss = net(*inputs, None, ids) if mask_by == 'loss' else net(*inputs)
             loss.backward()
             optimizer.step()

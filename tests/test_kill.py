@@ -1,4 +1,4 @@
-"""Five SIGKILLs, and the run ends as if nothing had happened. tests/kill_all.py does 20 of each
+"""A run that is killed five times ends like one that is not. tests/kill_all.py does 20 kills of each
 stage."""
 from kill_all import kill_and_resume
 from test_train import folder   # noqa: F401

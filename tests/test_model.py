@@ -96,7 +96,7 @@ def test_official_tokenizer(data):
 
 
 def golden_batch(g):
-    """ids, c (B, 1, 512), c_valid, valid of the reference's arrays."""
+    """ids, c (B, 1, 512), role, valid of the reference's arrays."""
     c = g['cond'][:, None]
     return g['ids'], c, torch.ones(c.shape[:2], dtype=torch.bool), ~g['padding_mask']
 
@@ -107,10 +107,10 @@ def golden_batch(g):
 def test_official_mask_transformer(data):
     g = golden(data, 'mask_transformer')
     m = momask.mask_transformer(root(data), data, 't2m_tiny')
-    ids, c, c_valid, valid = golden_batch(g)
-    assert worst(m(ids, c, c_valid, valid).mT, g['logits']) < 1e-4
-    assert worst(m(ids, c * 0, c_valid, valid).mT, g['logits_uncond']) < 1e-4
-    assert worst(guided(m, 4, ids, c, c_valid, valid).mT, g['logits_cfg4']) < 1e-4
+    ids, c, role, valid = golden_batch(g)
+    assert worst(m(ids, c, role, valid).mT, g['logits']) < 1e-4
+    assert worst(m(ids, c * 0, role, valid).mT, g['logits_uncond']) < 1e-4
+    assert worst(guided(m, 4, ids, c, role, valid).mT, g['logits_cfg4']) < 1e-4
 
 
 @needs_golden
@@ -119,10 +119,10 @@ def test_official_mask_transformer(data):
 def test_official_res_transformer(data):
     g = golden(data, 'res_transformer')
     m = momask.res_transformer(root(data), data, 'tres_tiny')
-    ids, c, c_valid, valid = golden_batch(g)
+    ids, c, role, valid = golden_batch(g)
     for q in range(1, ids.shape[-1]):
-        assert worst(m(ids, c, c_valid, valid, q).mT, g[f'logits_q{q}']) < 1e-4
-        assert worst(guided(m, 5, ids, c, c_valid, valid, q=q).mT, g[f'logits_cfg5_q{q}']) < 1e-4
+        assert worst(m(ids, c, role, valid, q).mT, g[f'logits_q{q}']) < 1e-4
+        assert worst(guided(m, 5, ids, c, role, valid, q=q).mT, g[f'logits_cfg5_q{q}']) < 1e-4
 
 
 @needs_golden
@@ -132,23 +132,23 @@ def test_official_length_estimator(data):
     g = golden(data, 'length_estimator')
     estimator = momask.length_estimator(root(data), data)
     c = g['text_emb'][:, None]
-    c_valid = torch.ones(c.shape[:2], dtype=torch.bool)
-    assert worst(estimator(c, c_valid), g['logits']) < 1e-4
+    role = torch.ones(c.shape[:2], dtype=torch.bool)
+    assert worst(estimator(c, role), g['logits']) < 1e-4
 
 
 @needs_golden
 @each
 def test_official_pipeline_generates(data):
-    pipe = momask.pipeline(root(data), data)
-    c, c_valid = texts(3)
+    pipe = generate.official_pipeline(root(data), data)
+    c, role = texts(3)
     n = torch.tensor([10, 4, 7])
-    ids = pipe.generate(c, c_valid, n, steps=4)
-    assert torch.equal(ids, pipe.generate(c, c_valid, n, steps=4))
+    ids = pipe.generate(c, role, n, steps=4)
+    assert torch.equal(ids, pipe.generate(c, role, n, steps=4))
     assert ids.shape == (3, 10, 4)
     motions = pipe.features(ids, n)
     assert [len(m) for m in motions] == [40, 16, 28]
     assert all(np.isfinite(m).all() for m in motions)
-    lengths = pipe.lengths(c, c_valid)
+    lengths = pipe.lengths(c, role)
     assert (lengths >= 1).all()
     assert (lengths <= 49).all()
 
@@ -157,7 +157,7 @@ def test_official_pipeline_generates(data):
 @each
 def test_official_pipeline_sees_motion_through_its_codes(data):
     """The release holds no Gram table: MSD must get it from the tokenizer, not stay at zeros."""
-    pipe = momask.pipeline(root(data), data)
+    pipe = generate.official_pipeline(root(data), data)
     assert pipe.mask.G.any()
     assert torch.equal(pipe.mask.G, msd.gram(pipe.vq.quantizers[0].codebook))
 
@@ -175,7 +175,7 @@ def test_official_errors_in_words(tmp_path):
     with pytest.raises(UserError, match='missing'):
         momask.mask_transformer(root('t2m'), 't2m', 'no_such_name')
     with pytest.raises(UserError, match='expected one'):
-        momask.pipeline(here, 't2m')
+        generate.official_pipeline(here, 't2m')
 
     other = tmp_path / 't2m' / 't2m_other'
     os.makedirs(other / 'model')
@@ -333,7 +333,7 @@ def test_motion_aware_attention_equals_plain(fusion, rotary, seed, monkeypatch):
     valid = first_of(n, torch.randint(2, n + 1, (B,)))
     ids = torch.where(torch.rand(B, n) < 0.3, 20, torch.randint(20, (B, n)))
     f, seen = msd.spectrum(ids, msd.gram(torch.randn(20, 8)), (ids < 20) & valid, 6)
-    phi = msd.unit(f)
+    phi = msd.descriptor(f)
     x = torch.randn(B, n + 1, 24) * 3
     full = F.pad(valid, (1, 0), value=True)
     pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
@@ -359,10 +359,10 @@ def losses_of_six_steps(fusion):
     losses = []
     for _ in range(6):
         ids = torch.randint(20, (6, 15))
-        c, c_valid = texts(6)
+        c, role = texts(6)
         valid = first_of(15, torch.randint(2, 16, (6,)))
         masked, chosen = m.mask_tokens(ids, c, valid)
-        loss = m(masked, c, c_valid, valid, targets=torch.where(chosen, ids, -100))
+        loss = m(masked, c, role, valid, targets=torch.where(chosen, ids, -100))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -383,7 +383,7 @@ def test_same_losses_as_plain_training(fusion, monkeypatch):
         return last['f'], last['seen']
 
     def forward(self, x, valid, pad, prior, rotary):
-        return plain_attention(self, x, valid, msd.unit(last['f']), last['seen'])
+        return plain_attention(self, x, valid, msd.descriptor(last['f']), last['seen'])
 
     monkeypatch.setattr(MaskTransformer, 'spectrum', remember)
     monkeypatch.setattr(Attention, 'forward', forward)
@@ -484,31 +484,31 @@ def test_padding_changes_nothing(spectral):
     torch.manual_seed(1)
     m = small_mask(spectral_attn=spectral, fusion='zscore', rotary=True, neighbours=2).eval()
     ids = torch.randint(21, (3, 12))
-    c, c_valid = texts(3)
+    c, role = texts(3)
     valid = first_of(12, [12, 5, 8])
     padded = torch.where(valid, ids, m.PAD)
     garbage = torch.where(valid, ids, torch.randint(20, (3, 12)))
-    logits = m(padded, c, c_valid, valid)
+    logits = m(padded, c, role, valid)
     repadded = torch.where(valid, garbage, m.PAD)
-    assert worst(logits[valid], m(repadded, c, c_valid, valid)[valid]) < 1e-6
-    alone = m(padded[1:2, :5], c[1:2], c_valid[1:2], valid[1:2, :5])
+    assert worst(logits[valid], m(repadded, c, role, valid)[valid]) < 1e-6
+    alone = m(padded[1:2, :5], c[1:2], role[1:2], valid[1:2, :5])
     assert worst(logits[1, :5], alone[0]) < 1e-5
     # ids behind an end need not even be [PAD]
-    assert worst(m(garbage, c, c_valid, valid)[valid], logits[valid]) < 1e-6
+    assert worst(m(garbage, c, role, valid)[valid], logits[valid]) < 1e-6
 
 
 @torch.no_grad()
 def test_residual_padding_changes_nothing():
     torch.manual_seed(1)
     r = small_res().eval()
-    c, c_valid = texts(3)
+    c, role = texts(3)
     valid = first_of(12, [12, 5, 8])
     ids = torch.randint(20, (3, 12, 4))
     other = torch.where(valid[..., None], ids, torch.randint(20, (3, 12, 4)))
     for q in (1, 2, 3):
-        logits = r(ids, c, c_valid, valid, q)
-        assert worst(logits[valid], r(other, c, c_valid, valid, q)[valid]) < 1e-6
-    assert worst(r(ids, c, c_valid, valid), r(other, c, c_valid, valid)) < 1e-6
+        logits = r(ids, c, role, valid, q)
+        assert worst(logits[valid], r(other, c, role, valid, q)[valid]) < 1e-6
+    assert worst(r(ids, c, role, valid), r(other, c, role, valid)) < 1e-6
 
 
 @pytest.mark.parametrize('short', [True, False])
@@ -521,15 +521,15 @@ def test_invalid_condition_tokens_change_nothing(short, monkeypatch):
     r = small_res().eval()
     ids = torch.randint(20, (3, 12, 4))
     valid = first_of(12, [12, 5, 8])
-    c, c_valid = texts(3, m=3)
-    one = c[:, :1], c_valid[:, :1]
-    three = c, c_valid & torch.tensor([True, False, False])
+    c, role = texts(3, m=3)
+    one = c[:, :1], role[:, :1]
+    three = c, role & torch.tensor([True, False, False])
     base = torch.where(torch.rand(3, 12) < 0.5, m.MASK, ids[..., 0])
     assert worst(m(base, *one, valid)[valid], m(base, *three, valid)[valid]) < 1e-5
-    assert worst(m(base, *one, valid)[valid], m(base, c, c_valid, valid)[valid]) > 1e-4
+    assert worst(m(base, *one, valid)[valid], m(base, c, role, valid)[valid]) > 1e-4
     for q in (1, 2, 3):
         assert worst(r(ids, *one, valid, q)[valid], r(ids, *three, valid, q)[valid]) < 1e-5
-        assert worst(r(ids, *one, valid, q)[valid], r(ids, c, c_valid, valid, q)[valid]) > 1e-4
+        assert worst(r(ids, *one, valid, q)[valid], r(ids, c, role, valid, q)[valid]) > 1e-4
 
 
 @torch.no_grad()
@@ -537,7 +537,7 @@ def test_residual_layers_cycle_over_rows(monkeypatch):
     torch.manual_seed(2)
     r = small_res().eval()
     ids = torch.randint(20, (7, 6, 4))
-    c, c_valid = texts(7)
+    c, role = texts(7)
     valid = first_of(6, [6, 6, 3, 6, 1, 6, 4])
     passed = {}
 
@@ -548,10 +548,10 @@ def test_residual_layers_cycle_over_rows(monkeypatch):
     cross_entropy = model.cross_entropy
     monkeypatch.setattr(model, 'cross_entropy', remember)
     for row0 in (0, 2):
-        loss = r(ids, c, c_valid, valid, None, row0)
+        loss = r(ids, c, role, valid, None, row0)
         for i in range(7):
             q = 1 + (row0 + i) % 3
-            alone = r(ids[i:i + 1], c[i:i + 1], c_valid[i:i + 1], valid[i:i + 1], q)[0]
+            alone = r(ids[i:i + 1], c[i:i + 1], role[i:i + 1], valid[i:i + 1], q)[0]
             assert worst(passed['logits'][i], alone) < 1e-5
             expected = torch.where(valid[i], ids[i, :, q], -100)
             assert torch.equal(passed['targets'][i], expected)
@@ -559,7 +559,7 @@ def test_residual_layers_cycle_over_rows(monkeypatch):
         assert worst(loss, expected) < 1e-5
     changed = ids.clone()
     changed[..., 2:] = 0   # layers from q on are never looked at
-    assert worst(r(ids, c, c_valid, valid, 2), r(changed, c, c_valid, valid, 2)) == 0
+    assert worst(r(ids, c, role, valid, 2), r(changed, c, role, valid, 2)) == 0
 
 
 @torch.no_grad()
@@ -567,21 +567,21 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     torch.manual_seed(2)
     m = small_mask().eval()
     ids = torch.randint(20, (5, 9))
-    c, c_valid = texts(5)
+    c, role = texts(5)
     valid = first_of(9, [9, 2, 5, 9, 7])
     masked, chosen = m.mask_tokens(ids, c, valid)
     targets = torch.where(chosen, ids, -100)
-    logits = m(masked, c, c_valid, valid)
+    logits = m(masked, c, role, valid)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert worst(m(masked, c, c_valid, valid, targets), expected) < 1e-5
+    assert worst(m(masked, c, role, valid, targets), expected) < 1e-5
     # several ranks share a batch: each divides by the number of targets of all of them
-    shared = m(masked, c, c_valid, valid, targets, n_targets=2 * chosen.sum())
+    shared = m(masked, c, role, valid, targets, n_targets=2 * chosen.sum())
     assert worst(shared, expected / 2) < 1e-5
 
     estimator = LengthEstimator().eval()
     lengths = torch.randint(50, (5,))
-    expected = F.cross_entropy(estimator(c, c_valid), lengths)
-    assert worst(estimator(c, c_valid, lengths), expected) < 1e-6
+    expected = F.cross_entropy(estimator(c, role), lengths)
+    assert worst(estimator(c, role, lengths), expected) < 1e-6
 
 
 def test_dropout_keeps_mean_and_share():
@@ -651,7 +651,7 @@ def test_without_remask_exactly_K_are_hidden(mask_by, share):
 
 @pytest.fixture
 def small():
-    """mask and residual transformer, c, c_valid, n, valid of four prompts."""
+    """mask and residual transformer, c, role, n, valid of four prompts."""
     torch.manual_seed(3)
     n = torch.tensor([12, 1, 7, 9])
     return small_mask().eval(), small_res().eval(), *texts(4), n, first_of(12, n)
@@ -660,10 +660,10 @@ def small():
 @pytest.mark.parametrize('das_sampling', [False, True])
 @pytest.mark.parametrize('msd_decode', ['kept', 'guess'])
 def test_generate(das_sampling, msd_decode, small):
-    m, r, c, c_valid, n, valid = small
+    m, r, c, role, n, valid = small
 
     def make(seed):
-        return generate_base(m, c, c_valid, n, das_sampling=das_sampling, msd_decode=msd_decode,
+        return generate_base(m, c, role, n, das_sampling=das_sampling, msd_decode=msd_decode,
                              generator=seeded(seed))
 
     ids = make(0)
@@ -671,72 +671,72 @@ def test_generate(das_sampling, msd_decode, small):
     assert not torch.equal(ids, make(1))
     assert (ids[valid] < 20).all()
     assert (ids[~valid] == m.PAD).all()
-    full = generate_residual(r, ids, c, c_valid, n, generator=seeded(0))
+    full = generate_residual(r, ids, c, role, n, generator=seeded(0))
     assert full.shape == (4, 12, 4)
     assert torch.equal(full[..., 0][valid], ids[valid])
     assert (full < 20).all()
     assert (full[~valid] == 0).all()
-    assert (generate_base(m, c, c_valid, n, steps=1, das_sampling=das_sampling)[valid] < 20).all()
+    assert (generate_base(m, c, role, n, steps=1, das_sampling=das_sampling)[valid] < 20).all()
 
 
 @pytest.mark.parametrize('das_sampling', [False, True])
 @pytest.mark.parametrize('given', [5, 12])
 def test_known_tokens_stay(das_sampling, given, small):
-    m, _, c, c_valid, n, valid = small
+    m, _, c, role, n, valid = small
     known = torch.randint(20, (4, 12))
     known[:, given:] = -1   # with 12 everything is given
-    ids = generate_base(m, c, c_valid, n, known, das_sampling=das_sampling, generator=seeded(0))
+    ids = generate_base(m, c, role, n, known, das_sampling=das_sampling, generator=seeded(0))
     kept = valid & (known >= 0)
     assert torch.equal(ids[kept], known[kept])
     assert (ids[valid] >= 0).all()
     assert (ids[valid] < 20).all()
     assert (ids[~valid] == m.PAD).all()
-    other = generate_base(m, c, c_valid, n, known, das_sampling=das_sampling, generator=seeded(1))
+    other = generate_base(m, c, role, n, known, das_sampling=das_sampling, generator=seeded(1))
     assert torch.equal(ids, other) == (given == 12)
 
 
 def test_known_gaps_are_filled(small):
-    m, _, c, c_valid, n, valid = small
+    m, _, c, role, n, valid = small
     known = torch.randint(20, (4, 12))
     known[:, 1::3] = -1
     known[0] = -1   # one row wants everything
-    ids = generate_base(m, c, c_valid, n, known, generator=seeded(0))
+    ids = generate_base(m, c, role, n, known, generator=seeded(0))
     kept = valid & (known >= 0)
     assert torch.equal(ids[kept], known[kept])
     assert (ids[valid] < 20).all()
     nothing_known = torch.full_like(known, -1)
-    free = generate_base(m, c, c_valid, n, nothing_known, generator=seeded(0))
-    assert torch.equal(free, generate_base(m, c, c_valid, n, generator=seeded(0)))
+    free = generate_base(m, c, role, n, nothing_known, generator=seeded(0))
+    assert torch.equal(free, generate_base(m, c, role, n, generator=seeded(0)))
 
 
 def test_anneal_and_top_share(small):
-    m, _, c, c_valid, n, valid = small
-    ids = generate_base(m, c, c_valid, n, anneal=1.0, generator=seeded(0))
+    m, _, c, role, n, valid = small
+    ids = generate_base(m, c, role, n, anneal=1.0, generator=seeded(0))
     assert (ids[valid] < 20).all()
     assert (ids[~valid] == m.PAD).all()
 
     def greedy(seed):   # one code of 20 can be drawn: nothing is left to chance
-        return generate_base(m, c, c_valid, n, das_sampling=False, top_share=0.05,
+        return generate_base(m, c, role, n, das_sampling=False, top_share=0.05,
                              generator=seeded(seed))
 
     assert torch.equal(greedy(0), greedy(1))
 
 
 def test_number_of_residual_layers(small):
-    m, r, c, c_valid, n, valid = small
+    m, r, c, role, n, valid = small
     meta = dict(max_frames=48)
     pipe = Pipeline(small_vq(n_codes=20, n_quantizers=4), m, r, None, 'hash', meta)
-    base_only = Pipeline(pipe.vq, m, None, None, 'hash', meta).generate(c, c_valid, n)
-    full = pipe.generate(c, c_valid, n)
+    base_only = Pipeline(pipe.vq, m, None, None, 'hash', meta).generate(c, role, n)
+    full = pipe.generate(c, role, n)
     assert full.shape == (4, 12, 4)
     assert base_only.shape == (4, 12, 1)
     for res_layers in (0, 1, 3):
-        ids = pipe.generate(c, c_valid, n, res_layers=res_layers)
+        ids = pipe.generate(c, role, n, res_layers=res_layers)
         assert torch.equal(ids, full[..., :1 + res_layers])
         assert [len(motion) for motion in pipe.features(ids, n)] == [48, 4, 28, 36]
     assert torch.equal(base_only[valid], full[valid][:, :1])
     with pytest.raises(UserError, match='no length estimator'):
-        pipe.lengths(c, c_valid)
+        pipe.lengths(c, role)
 
 
 class TestEditing:
@@ -759,13 +759,13 @@ class TestEditing:
         assert base.shape == (12, 1)
 
     def test_everything_known_stays(self, pipe, small):
-        *_, c, c_valid, n, valid = small
+        *_, c, role, n, valid = small
         known = torch.randint(20, (4, 12, 4))
-        ids = pipe.generate(c, c_valid, n, known=known)
+        ids = pipe.generate(c, role, n, known=known)
         assert torch.equal(ids[valid], known[valid])
         nothing = torch.full_like(known, -1)
-        assert torch.equal(pipe.generate(c, c_valid, n, known=nothing),
-                           pipe.generate(c, c_valid, n))
+        assert torch.equal(pipe.generate(c, role, n, known=nothing),
+                           pipe.generate(c, role, n))
 
     def test_the_text_decides(self, pipe):
         ids = torch.randint(20, (12, 4))
@@ -810,23 +810,23 @@ def test_one_graph_for_all_steps_and_lengths():
     for length in (12, 5, 9):
         valid = first_of(12, [length, 12, 3])
         ids = torch.randint(20, (3, 12, 4))
-        c, c_valid = texts(3)
-        compiled[0](ids[..., 0], c, c_valid, valid, ids[..., 0]).backward()
-        compiled[1](ids, c, c_valid, valid).backward()
+        c, role = texts(3)
+        compiled[0](ids[..., 0], c, role, valid, ids[..., 0]).backward()
+        compiled[1](ids, c, role, valid).backward()
         compiled[2](torch.randn(2, 32, 263), torch.tensor(1 + length % 3))
     assert len(graphs) == 3
 
     m.eval()
-    c, c_valid = texts(2)
+    c, role = texts(2)
     # generate_base itself stays eager; the forward that it calls compiles
-    generate_base(m, c, c_valid, torch.tensor([4, 9]))
+    generate_base(m, c, role, torch.tensor([4, 9]))
     step = torch.compile(m, backend=count, fullgraph=True)
     before = len(graphs)
     with torch.no_grad():
         for length in (4, 7, 12):
             valid = first_of(12, [length, length])
             ids = torch.where(valid, m.MASK, m.PAD)
-            step(ids, c, c_valid, valid, described=m.spectrum(ids))
+            step(ids, c, role, valid, spectrum=m.spectrum(ids))
     assert len(graphs) == before + 1
 
 
@@ -846,21 +846,21 @@ def test_sample_draws_the_softmax_of_the_top_tenth():
 def test_hashed_text_is_stable_and_knows_order():
     captions = ['a person walks then kicks', 'a person kicks then walks',
                 'A person walks, then kicks.']
-    c, c_valid = text.condition(captions, 'hash')
+    c, role = text.caption_vectors(captions, 'hash')
     assert c.shape == (3, 1, 512)
-    assert c_valid.shape == (3, 1)
-    assert c_valid.all()
+    assert role.shape == (3, 1)
+    assert role.all()
     a, b, again = c[:, 0]
     assert torch.equal(a, again)
     assert worst(a, b) > 0.1
     assert abs(a.norm() - 512 ** 0.5) < 1e-3
-    alone, _ = text.condition(captions[:1], 'hash')
+    alone, _ = text.caption_vectors(captions[:1], 'hash')
     assert torch.equal(alone[0, 0], a)
 
 
 def test_clauses():
     def clauses(caption):
-        return text.pieces(caption, 'clauses')
+        return text.clauses(caption)
 
     assert clauses('a person walks forward, then kicks with the left leg') == [
         'a person walks forward', 'kicks with the left leg']
@@ -869,7 +869,7 @@ def test_clauses():
     assert clauses('First she runs; finally she stands') == ['she runs', 'she stands']
     assert clauses('a thenar andante') == ['a thenar andante']   # words, not parts of words
     assert clauses(' , and then!') == []
-    _, index, _ = text.encode(['walks, ' * 100], 'hash', 'clauses')
+    _, index, _ = text.encode_captions(['walks, ' * 100], 'hash', 'clauses')
     assert index.shape == (1, 1 + text.MOST_TOKENS)
 
 
@@ -877,15 +877,15 @@ def test_clauses():
 def test_condition_tokens(mode):
     """The sentence comes first whatever follows; what captions share is kept once."""
     captions = ['a man walks, then jumps', 'a man walks', 'jumps']
-    vectors, index, c_valid = text.encode(captions, 'hash', mode)
-    c, _ = text.condition(captions, 'hash', mode)
+    vectors, index, role = text.encode_captions(captions, 'hash', mode)
+    c, _ = text.caption_vectors(captions, 'hash', mode)
     assert torch.equal(c, vectors[index])
-    assert torch.equal(c_valid > 0, index > 0)
-    sentences, _ = text.condition(captions, 'hash')
+    assert torch.equal(role > 0, index > 0)
+    sentences, _ = text.caption_vectors(captions, 'hash')
     assert torch.equal(c[:, :1], sentences)
     assert not vectors[0].any()
     expected = {'sentence': [1, 1, 1], 'clauses': [3, 2, 2], 'words': [6, 4, 2]}[mode]
-    assert c_valid.sum(1).tolist() == expected
+    assert role.sum(1).tolist() == expected
     unique = {'sentence': 3, 'clauses': 3, 'words': 7}[mode]
     assert len(vectors) == 1 + unique
     if mode == 'clauses':
@@ -894,7 +894,7 @@ def test_condition_tokens(mode):
 
 def test_hashed_words_may_be_inflected():
     def vector(caption):
-        return text.condition([caption], 'hash')[0][0, 0]
+        return text.caption_vectors([caption], 'hash')[0][0, 0]
 
     assert torch.equal(vector('a person jogs'), vector('the person is jogging'))
     assert torch.equal(vector('raises arms'), vector('raising his arms'))
@@ -905,12 +905,12 @@ def test_order_of_clauses_matters_and_padding_does_not(small):
     m, _, _, _, _, valid = small
     ids = torch.randint(20, valid.shape)
     c = torch.randn(4, 4, 512)
-    c_valid = torch.tensor([True, True, True, False]).expand(4, 4)
+    role = torch.tensor([True, True, True, False]).expand(4, 4)
     with torch.no_grad():
-        out = m(ids, c, c_valid, valid)
-        swapped = m(ids, c[:, [0, 2, 1, 3]], c_valid, valid)
-        other = m(ids, torch.cat([c[:, :3], torch.randn(4, 1, 512)], 1), c_valid, valid)
-        shorter = m(ids, c[:, :3], c_valid[:, :3], valid)
+        out = m(ids, c, role, valid)
+        swapped = m(ids, c[:, [0, 2, 1, 3]], role, valid)
+        other = m(ids, torch.cat([c[:, :3], torch.randn(4, 1, 512)], 1), role, valid)
+        shorter = m(ids, c[:, :3], role[:, :3], valid)
     assert worst(out[valid], swapped[valid]) > 1e-4
     assert worst(out[valid], other[valid]) < 1e-6
     assert worst(out[valid], shorter[valid]) < 1e-5
@@ -921,7 +921,7 @@ def test_guidance_without_text_knows_nothing_of_its_clauses(small):
     m = small[0]
     n = torch.tensor([8, 8])
     c = torch.randn(2, 4, 512)
-    c_valid = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    role = torch.tensor([[True, True, False, False], [True, True, True, True]])
     seen = []
     forward = m.forward
 
@@ -930,7 +930,7 @@ def test_guidance_without_text_knows_nothing_of_its_clauses(small):
         return seen[-1]
 
     m.forward = remember
-    generate_base(m, c, c_valid, n, steps=1)
+    generate_base(m, c, role, n, steps=1)
     m.forward = forward
     cond, uncond = seen[0].chunk(2)
     assert worst(uncond[0], uncond[1]) < 1e-5
@@ -961,9 +961,9 @@ def test_clip_tower_and_its_cache(tmp_path):
         return encode
 
     def encode(captions):
-        c, c_valid = text.condition(captions, 'clip', cache=str(tmp_path), tower=make_tower)
-        assert c_valid.shape == c.shape[:2]
-        assert c_valid.all()
+        c, role = text.caption_vectors(captions, 'clip', cache=str(tmp_path), tower=make_tower)
+        assert role.shape == c.shape[:2]
+        assert role.all()
         return c
 
     x = encode(['a person walks', 'a person runs', 'a person walks'])

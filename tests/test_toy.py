@@ -1,6 +1,5 @@
-"""The toy set must be worth learning from: bodies that keep their shape and their feet still,
-captions that say what happens, and detectors strict and forgiving enough that "85% of generated
-motion passes" means something."""
+"""toy.py and detect.py: bodies must keep their shape and their feet still, captions must say what
+happens, and detectors must be strict and forgiving enough that a pass rate means something."""
 import re
 
 import numpy as np
@@ -8,97 +7,89 @@ import pytest
 
 from lib import detect
 from lib import toy
+from lib.motion import SKELETONS
 
-N = 300
-PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]
-FEET = [toy.L_ANKLE, toy.L_TOE, toy.R_ANKLE, toy.R_TOE]
-STANDING = [toy.TOE_Y + toy.HEEL[1], toy.TOE_Y] * 2  # their heights on the floor
+PARENTS = SKELETONS['smpl22'].parents
+FEET = toy.ANKLES + toy.TOES
+FEET_ON_FLOOR = [toy.TOE_Y + toy.TOE_TO_ANKLE[1]] * 2 + [toy.TOE_Y] * 2   # their heights
 FAST = {'run', 'kick', 'jump'}
 FLYING = {'run', 'jump', 'hop'}
 
 
 @pytest.fixture(scope='module')
 def clips():
-    return [toy.make_clip(7_000_000 + i) for i in range(N)]
+    return [toy.make_clip(7_000_000 + i) for i in range(300)]
 
 
-def unchanged(joints):
-    return joints
-
-
-def rate(clips, change=unchanged, shift=0):
-    """The share of clips, changed, that pass the script of the clip so many further on."""
-    scripts = [clip['script'] for clip in clips]
-    scripts = scripts[shift:] + scripts[:shift]
-    return np.mean([detect.passes(change(c['joints']), s) for c, s in zip(clips, scripts)])
-
-
-def perform(*actions, side='left', seed=0):
-    """These actions, one after the other -> joints (T, 22, 3)."""
-    plan = toy.Plan(np.random.default_rng(seed))
-    for action in actions:
-        toy.ACTIONS[action](plan, 1 if side == 'right' else 0, 1.0)
-    return toy.body(plan, int((plan.t + 0.3) * toy.FPS))
+def actions_of(clip):
+    return {item['action'] for item in clip['script']}
 
 
 def item(action, side=None):
     return {'action': action, 'side': side, 'speed': 'normal'}
 
 
-def test_same_seed_same_clip():
-    a, b, c = toy.make_clip(3), toy.make_clip(3), toy.make_clip(4)
-    assert np.array_equal(a['joints'], b['joints'])
-    assert a['captions'] == b['captions'] and a['script'] == b['script']
-    assert a['joints'].shape != c['joints'].shape or not np.array_equal(a['joints'], c['joints'])
+def perform(*actions, side='left', seed=0):
+    """Joints (T, 22, 3) of these actions, one after the other."""
+    plan = toy.Plan(np.random.default_rng(seed))
+    for action in actions:
+        toy.ACTIONS[action](plan, ('left', 'right').index(side), 1.0)
+    return toy.body(plan, int((plan.t + 0.3) * toy.FPS))
 
 
-def test_shapes_and_lengths(clips):
-    for c in clips:
-        t = len(c['joints'])
-        assert c['joints'].shape == (t, 22, 3) and c['joints'].dtype == np.float32
-        assert np.isfinite(c['joints']).all()
-        assert toy.MIN_FRAMES <= t <= toy.MAX_FRAMES
-        actions = [i['action'] for i in c['script']]
-        assert 1 <= len(actions) <= 3 and len(set(actions)) == len(actions)
-        assert 'sit down' not in actions[:-1]
-    assert {i['action'] for c in clips for i in c['script']} == set(toy.ACTIONS)
+def test_same_seed_same_clip(clips):
+    again = toy.make_clip(7_000_000)
+    assert np.array_equal(clips[0]['joints'], again['joints'])
+    assert clips[0]['captions'] == again['captions'] and clips[0]['script'] == again['script']
+    assert len({clip['joints'].tobytes() for clip in clips}) == len(clips)
 
 
-def test_starts_at_the_origin_facing_z_with_left_at_plus_x(clips):
-    for c in clips:
-        first = c['joints'][0]
+def test_shapes_lengths_and_scripts(clips):
+    for clip in clips:
+        joints = clip['joints']
+        assert toy.MIN_FRAMES <= len(joints) <= toy.MAX_FRAMES
+        assert joints.shape[1:] == (22, 3) and joints.dtype == np.float32
+        assert np.isfinite(joints).all()
+        assert 1 <= len(actions_of(clip)) == len(clip['script']) <= 3   # no action twice
+        assert 'sit down' not in [item['action'] for item in clip['script'][:-1]]
+    assert set.union(*map(actions_of, clips)) == set(toy.ACTIONS)
+
+
+def test_first_frame_is_at_the_origin_and_faces_z(clips):
+    for clip in clips:
+        first = clip['joints'][0]
         assert np.abs(first[0, [0, 2]]).max() < 1e-6
-        across = first[toy.L_HIP] - first[toy.R_HIP]
-        assert across[0] > 0.1 and abs(across[2]) < 0.02
-        toes, ankles = first[[toy.L_TOE, toy.R_TOE], 2], first[[toy.L_ANKLE, toy.R_ANKLE], 2]
-        assert (toes > ankles + 0.1).all()
+        left_hip, right_hip = first[toy.HIPS]
+        assert left_hip[0] > right_hip[0] + 0.1
+        assert abs(left_hip[2] - right_hip[2]) < 0.02
+        assert (first[toy.TOES, 2] > first[toy.ANKLES, 2] + 0.1).all()
 
 
 def test_bones_keep_their_length(clips):
-    joints = np.concatenate([c['joints'] for c in clips])
-    bones = np.linalg.norm(joints[:, 1:] - joints[:, PARENTS[1:]], axis=-1)
-    assert np.ptp(bones, axis=0).max() < 1e-4  # over all clips: there is one body
+    joints = np.concatenate([clip['joints'] for clip in clips])
+    lengths = np.linalg.norm(joints - joints[:, PARENTS], axis=-1)
+    assert np.ptp(lengths, axis=0).max() < 1e-4  # the same body in all clips
 
 
-def test_planted_feet_stand_still_and_others_move(clips):
-    share = []
-    for c in clips:
-        feet = c['joints'][:, FEET]
-        above = np.abs(feet[..., 1] - STANDING)
-        down = above < 1e-6
-        planted = down[:-1] & down[1:]
-        moved = np.linalg.norm(np.diff(feet, axis=0), axis=-1)
-        assert moved[planted].max() < 1e-4
-        if not FLYING & {i['action'] for i in c['script']}:
-            assert above.min(1).max() < 1e-3  # one always stands on the floor
-        share.append((moved[~planted] > 0.01).mean() if (~planted).any() else 1.0)
-    assert np.mean(share) > 0.8
+def test_planted_feet_do_not_move(clips):
+    moving = []
+    for clip in clips:
+        feet = clip['joints'][:, FEET]
+        above = np.abs(feet[..., 1] - FEET_ON_FLOOR)
+        planted = (above[:-1] < 1e-6) & (above[1:] < 1e-6)
+        step = np.linalg.norm(np.diff(feet, axis=0), axis=-1)
+        assert step[planted].max() < 1e-4
+        if not FLYING & actions_of(clip):
+            assert above.min(1).max() < 1e-3  # some foot is always on the floor
+        if not planted.all():
+            moving.append((step[~planted] > 0.01).mean())
+    assert np.mean(moving) > 0.8  # feet that are not planted move
 
 
-def test_nothing_under_the_floor_and_nothing_jumps(clips):
-    for c in clips:
-        joints = c['joints'].astype(float)
-        fast = FAST & {i['action'] for i in c['script']}
+def test_joints_stay_above_the_floor_and_move_smoothly(clips):
+    for clip in clips:
+        joints = clip['joints'].astype(float)
+        fast = FAST & actions_of(clip)
         assert joints[..., 1].min() > -0.01
         speed = np.linalg.norm(np.diff(joints, axis=0), axis=-1) * toy.FPS
         assert speed[:, toy.PELVIS].max() < 4.5
@@ -108,32 +99,35 @@ def test_nothing_under_the_floor_and_nothing_jumps(clips):
 
 
 def test_knees_bend_forward_and_elbows_back(clips):
-    for c in clips:
-        j, view = c['joints'].astype(float), detect.View(c['joints'])
-        for side in (0, 1):
-            thigh = view.local(j[:, toy.L_KNEE + side] - j[:, toy.L_HIP + side])
-            shin = view.local(j[:, toy.L_ANKLE + side] - j[:, toy.L_KNEE + side])
-            assert (np.cross(thigh, shin)[:, 0] > -0.01).all()  # from thigh to shin to the rear
-    joints = perform()
-    view = detect.View(joints)
-    hanging = view.local(joints[:, toy.L_ELBOW] - joints[:, toy.L_SHOULDER])
-    assert (hanging[:, 2] < 0.02).all() and (hanging[:, 1] < -0.2).all()
+    for clip in clips:
+        view = detect.View(clip['joints'])
+        view.joints = clip['joints'].astype(float)   # not smoothed
+        for hip, knee, ankle in zip(toy.HIPS, toy.KNEES, toy.ANKLES):
+            # the shin points backwards from the thigh: the axis of the bend is to the left
+            axis = np.cross(view.between(hip, knee), view.between(knee, ankle))
+            assert (axis[:, detect.LEFT] > -0.01).all()
+    view = detect.View(perform())
+    upper_arm = view.between(toy.SHOULDERS[0], toy.ELBOWS[0])
+    assert (upper_arm[:, detect.FORWARD] < 0.02).all() and (upper_arm[:, detect.UP] < -0.2).all()
 
 
-@pytest.mark.parametrize('action', ['run', 'jump', 'hop'])
-def test_airborne(action):
-    toes = perform(action)[:, [toy.L_TOE, toy.R_TOE], 1]
-    assert (toes.min(1) > 0.03).any()
+@pytest.mark.parametrize('action', sorted(FLYING))
+def test_both_feet_leave_the_floor(action):
+    assert (perform(action)[:, toy.TOES, 1].min(1) > 0.03).any()
+
+
+def unchanged(joints):
+    return joints
 
 
 def noisy(joints, rng=np.random.default_rng(0)):
-    """15 mm on average per joint, smooth in time."""
+    """Noise of 15 mm on average per joint, smooth in time."""
     noise = toy.smooth(rng.standard_normal(joints.shape), 0.1)
     return joints + 0.015 * noise / np.linalg.norm(noise, axis=-1).mean()
 
 
 def blurred(joints):
-    """As by a tokenizer."""
+    """Smoothed as by a tokenizer."""
     return toy.smooth(joints.astype(float), 0.08)
 
 
@@ -143,75 +137,66 @@ def elsewhere(joints):
 
 @pytest.mark.parametrize('change,least', [(unchanged, 0.98), (noisy, 0.95), (blurred, 0.95),
                                           (elsewhere, 0.98)])
-def test_detectors_accept_their_own_clips(clips, change, least):
-    assert rate(clips, change) >= least
+def test_detectors_accept_the_clip_of_a_script(clips, change, least):
+    passed = [detect.passes(change(clip['joints']), clip['script']) for clip in clips]
+    assert np.mean(passed) >= least
 
 
-def test_detectors_reject_other_scripts(clips):
-    assert np.mean([rate(clips, shift=k) for k in (1, 10, 100)]) < 0.1
+def test_detectors_reject_other_clips(clips):
+    passed = [detect.passes(clip['joints'], clips[i - shift]['script'])
+              for shift in (1, 10, 100) for i, clip in enumerate(clips)]
+    assert np.mean(passed) < 0.1
 
 
 @pytest.mark.parametrize('action', toy.ACTIONS)
-def test_each_action_is_detected_with_its_side_only(action):
+def test_each_action_is_detected_on_its_own_side_only(action):
     for seed in range(6):
-        side, other = ('left', 'right') if seed % 2 == 0 else ('right', 'left')
+        side, other = ('left', 'right') if seed % 2 else ('right', 'left')
         joints = perform(action, side=side, seed=seed)
         assert detect.passes(joints, [item(action)])
         if action in toy.SIDED:
             assert detect.passes(joints, [item(action, side)])
             assert not detect.passes(joints, [item(action, other)])
-        others = [a for a in toy.ACTIONS if a != action]
-        assert sum(detect.passes(joints, [item(a)]) for a in others) <= 1
+        assert sum(detect.passes(joints, [item(a)]) for a in toy.ACTIONS) <= 2   # it and one more
 
 
-def test_order_counts():
+def test_detectors_check_the_order():
     joints = perform('walk', 'bow')
     assert detect.passes(joints, [item('walk'), item('bow')])
     assert not detect.passes(joints, [item('bow'), item('walk')])
     assert not detect.passes(perform(), [item('walk')])
 
 
-def test_captions_read_back(clips):
-    for c in clips:
-        assert len({text for text, _ in c['captions']}) >= 3
-        for text, tokens in c['captions']:
-            assert detect.parse(text) == c['script'], text
-            assert len(tokens.split()) == len(text.replace(',', '').split())
-            for token in tokens.split():
-                assert re.fullmatch(r'[a-z]+/(DET|NOUN|VERB|ADV|ADP|ADJ|NUM|PRON|AUX|CCONJ)', token)
-
-
-def test_order_is_in_adjacent_words(clips):
-    """The word before an item's verb says its place: the text vectors know no more of order."""
-    places = [('person', 'man', 'someone', 'first'), ('then', 'next', 'that'),
-              ('finally', 'lastly')]
-    for c in clips:
-        for _, tokens in c['captions']:
-            words = tokens.split()
-            verbs = [i for i, word in enumerate(words) if word.endswith('/VERB')]
-            assert len(verbs) == len(c['script'])
-            for verb, before in zip(verbs, places):
-                assert words[verb - 1].split('/')[0] in before
+def test_captions_parse_to_their_script(clips):
+    """They also tell the order in adjacent words: text vectors (lib/text.py) know no more of it."""
+    before_verb = [('person', 'man', 'someone', 'first'), ('then', 'next', 'that'),
+                   ('finally', 'lastly')]
+    for clip in clips:
+        assert len({text for text, _ in clip['captions']}) >= 3
+        for text, tokens in clip['captions']:
+            assert detect.parse(text) == clip['script'], text
+            tokens = tokens.split()
+            assert len(tokens) == len(text.replace(',', '').split())
+            for token in tokens:
+                assert re.fullmatch(r'[a-z]+/(DET|NOUN|VERB|ADV|ADP|ADJ|NUM|PRON|CCONJ)', token)
+            verbs = [i for i, token in enumerate(tokens) if token.endswith('/VERB')]
+            assert len(verbs) == len(clip['script'])
+            for verb, words in zip(verbs, before_verb):
+                assert tokens[verb - 1].split('/')[0] in words
 
 
 @pytest.mark.parametrize('text,expected', [
-    ('a person walks forward, then kicks with the left leg',
-     [('walk', None, 'normal'), ('kick', 'left', 'normal')]),
     ('Someone is jogging slowly and then they sit down.',
      [('run', None, 'slow'), ('sit down', None, 'normal')]),
-    ('a woman steps to the right, waves her left hand, finally bows',
-     [('side-step', 'right', 'normal'), ('wave', 'left', 'normal'), ('bow', None, 'normal')]),
-    ('a person walks quickly', [('walk', None, 'fast')]),
+    ('a woman steps to the right, waves her left hand, finally bows quickly',
+     [('side-step', 'right', 'normal'), ('wave', 'left', 'normal'), ('bow', None, 'fast')]),
     ('a man kicks', [('kick', None, 'normal')]),
     ('a person juggles three burning torches', None),
     ('a person walks like an elephant', None),
     ('a person walks backwards', None),
-    ('a man backs up, then bows', None),
-    ('someone spins around', None),
     ('a person sits down and then stands up', None),
-    ('a person stands still', None),
     ('', None),
 ])
-def test_parse_prompts(text, expected):
+def test_prompts_beyond_the_grammar(text, expected):
     script = detect.parse(text)
     assert (script and [(i['action'], i['side'], i['speed']) for i in script]) == expected

@@ -1,0 +1,63 @@
+"""Results of the evaluation scripts: a JSON file first, then tables on the terminal, so that a
+terminal that cannot show them loses nothing."""
+import json
+import math
+import os
+import sys
+
+from lib.configurator import UserError
+from lib.runtime import atomic_write, must_be_writable
+
+
+def say(text):
+    """Print text, with characters that the terminal cannot show replaced. If the reader of a pipe
+    has gone (`| head`), stay silent from then on."""
+    encoding = sys.stdout.encoding or 'ascii'
+    try:
+        print(text.encode(encoding, 'replace').decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def table(header, rows):
+    """header, a list of str, and rows, a list of lists of str -> a Markdown table with aligned
+    columns."""
+    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    lines = []
+    for name, *cells in [header, ['-' * width for width in widths], *rows]:
+        aligned = [f'{cell:>{width}}' for cell, width in zip(cells, widths[1:])]
+        lines.append(' | '.join([f'| {name:{widths[0]}}', *aligned]) + ' |')
+    return '\n'.join(lines)
+
+
+def refuse_other_files(path):
+    """UserError unless results can be written to path: if a file is there, it must be one of
+    `write_results`, never a checkpoint or somebody's notes."""
+    must_be_writable(path)
+    try:
+        with open(path, encoding='utf-8') as f:
+            is_result = {'rows', 'per_repeat', 'settings'} <= json.load(f).keys()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError):
+        is_result = False
+    if not is_result:
+        raise UserError(f'{path} is there already and holds no results of eval_t2m.py: give '
+                        'another --eval_json.')
+
+
+def write_results(path, **results):
+    """Write the results as JSON. NaN becomes null, which every JSON parser understands."""
+    with atomic_write(path, 'w') as f:
+        json.dump(without_nan(results), f, indent=1, allow_nan=False)
+
+
+def without_nan(x):
+    """Nested dicts and sequences of numbers -> the same as plain Python, with None for NaN."""
+    if isinstance(x, dict):
+        return {key: without_nan(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [without_nan(value) for value in x]
+    if hasattr(x, 'item'):   # a NumPy number
+        x = x.item()
+    return x if not isinstance(x, float) or math.isfinite(x) else None
