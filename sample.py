@@ -13,6 +13,7 @@ For every motion, named after its prompt, seed and edit: a GIF to look at (an MP
 installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations of a body with constant bone
 lengths as .bvh, in centimetres, and as .glb if pygltflib is installed. Same seed, same motion.
 """
+import glob
 import hashlib
 import importlib.util
 import math
@@ -45,10 +46,10 @@ from vq import load_tokenizer
 data = 'toy'
 out_dir = ''                 # where the checkpoints are; '' is out/<data>
 prompt = ''
-prompts = ''                 # a file, one prompt a line: text, text#frames or text#NA; | between parts
+prompts = ''                 # a file with one prompt a line: text, text#frames, text#NA
 source = ''                  # edit this motion: .bvh, or .npy and .npz of joints or features
 edit = ''                    # what to regenerate, in shares or frames: 0.4:0.7 or 40:80,120:140
-then = ''                    # or continue source up to the beginning of this motion, in length frames
+then = ''                    # or continue source up to this motion, in length frames
 joints = ''                  # how to read source and then: a json file of joint names
 unit = ''                    # m, cm, mm, inch or metres; '' is what fits a body
 up = ''                      # the axis that points up; '' finds it
@@ -200,16 +201,20 @@ def read_spans(spans, n):
 # -------------------------------------------------------------------------------------- generating
 
 
-def edited(words, frames, seed):
-    """Tokens (n, Q) of `source`, regenerated where `edit` says, or continued up to `then`."""
+def edited(jobs):
+    """Motions of one part each -> tokens, a list of (n, Q): those of `source`, regenerated where
+    `edit` says, or continued up to `then`."""
     ids = read_source(source)
-    spans = read_spans(edit, len(ids)) if edit else []
-    if then:
-        following = read_source(then)
-        wanted = frames // FRAMES_PER_TOKEN or 10
-        spans.append((len(ids), len(ids) + wanted))
-        ids = torch.cat([ids, ids[-1:].expand(wanted, -1), following])
-    return pipe.edit(ids, spans, words, seed, **decoding)
+    following = read_source(then) if then else ids[:0]
+    results = []
+    for i, [(words, frames), *_] in enumerate(jobs):
+        spans = read_spans(edit, len(ids)) if edit else []
+        wanted = frames // FRAMES_PER_TOKEN or 10 if then else 0
+        if then:
+            spans.append((len(ids), len(ids) + wanted))
+        whole = torch.cat([ids, ids[-1:].expand(wanted, -1), following])
+        results.append(pipe.edit(whole, spans, words, seed + i, **decoding))
+    return results
 
 
 def generated(jobs):
@@ -232,8 +237,9 @@ def generated(jobs):
 
 
 def file_name(number, caption, positions):
-    """A path without suffix for a motion: number, prompt, seed and edit, at most 80 ASCII letters.
-    A file of another motion is never overwritten; -2, -3 ... tell them apart."""
+    """A path without suffix for a motion: its number, prompt, seed and edit, in at most 80 ASCII
+    characters. A prompt that does not fit, or is not in Latin script, has a hash in it. Files of
+    another motion are never overwritten: -2, -3 ... tell them apart."""
     latin = unicodedata.normalize('NFKD', caption.lower())
     slug = re.sub('[^a-z0-9]+', '-', latin.encode('ascii', 'ignore').decode()).strip('-')
     marks = f'_s{seed}'
@@ -244,13 +250,13 @@ def file_name(number, caption, positions):
     if len(slug) > room or re.search(r'[^\W\d_]', re.sub('[a-z]', '', latin)):
         slug = f'{slug[:room - 7]}-{hashlib.md5(caption.encode()).hexdigest()[:6]}'
     path = os.path.join(folder, f'{number:03d}_{slug.strip("-")}{marks}')
-    for k in range(1, 1000):
-        candidate = path if k == 1 else f'{path}-{k}'
-        if not os.path.exists(candidate + '.npy'):
-            return candidate
-        there = np.load(candidate + '.npy', mmap_mode='r')
-        if there.shape == positions.shape and np.array_equal(there, positions):
-            return candidate   # the same motion again
+    candidate, k = path, 1
+    while there := glob.glob(f'{glob.escape(candidate)}.*'):
+        array = f'{candidate}.npy'
+        if array in there and np.array_equal(np.load(array), positions):
+            break   # the same motion, written before
+        k += 1
+        candidate = f'{path}-{k}'
     return candidate
 
 
@@ -289,10 +295,7 @@ clock = time.perf_counter()
 jobs = [job for job in jobs for _ in range(repeats)]
 captions = [' | '.join(words for words, _ in job) for job in jobs]
 with run.autocast():
-    if source:
-        tokens = [edited(*job[0], seed + i) for i, job in enumerate(jobs)]
-    else:
-        tokens = generated(jobs)
+    tokens = edited(jobs) if source else generated(jobs)
 motions = [pipe.decode(ids) for ids in tokens]
 print(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')

@@ -1,40 +1,9 @@
-# HGM3 as published: MoMask with hard token mining and text as a graph; behind a data config:
+# HGM3 as published: MoMask with hard token mining and text as a graph. Behind a data config:
 #     python train_vq.py   config/toy.py config/hgm3.py --out_dir=out/hgm3
-#     python train_mask.py config/toy.py config/hgm3.py --out_dir=out/hgm3  # also --stage=res
-#     python eval_t2m.py   config/toy.py config/hgm3.py --out_dir=out/hgm3
-# Sizes and numbers of steps stay those of the data config. KIT-ML: add --cond_scale=2.
-# tokenizer
-quantize_dropout = 0.2
-vq_reset_below = 1.0
-vq_batch = 512               # the paper's; its code has 256
-vq_lr = 2e-4
-vq_warmup = 2000
-w_position = 0.5
-w_commit = 0.02
-w_rotation = 0.0
-w_foot = 0.0
-w_heading = 0.0
-# transformers
-text = 'graph'               # the residual transformer reads the sentence, as in the paper
-spectral_attn = False
+#     python train_mask.py config/toy.py config/hgm3.py --out_dir=out/hgm3  # and --stage=res,
+#     python eval_t2m.py   config/toy.py config/hgm3.py --out_dir=out/hgm3  # with --batch_size=64
+# The levels, the teacher's momentum and the share of hard tokens are constants in hgm3.py.
+from config.momask import *
+text = 'graph'               # of the masked transformer; the residual one reads the sentence
 mask_by = 'loss'
-rotary = False
-neighbours = 0
-token_init = 'random'
-dropout = 0.2
-batch_size = 256             # of the masked transformer; --stage=res needs --batch_size=64
-optimizer = 'adamw'
-lr = 2e-4
-warmup = 2000
-grad_clip = 1e9              # none
-cond_drop = 0.1              # MoMask's code has 0.2 for the residual transformer
-# decoding
-steps = 10
-cond_scale = 4.0
-res_scale = 5.0
-top_share = 0.1
-temperature = 1.0
-anneal = 0.0
-res_temperature = 1.0
-res_layers = -1
-das_sampling = False
+batch_size = 256

@@ -280,32 +280,35 @@ def write_bvh(path, joints, skeleton, fps=None, new_fps=None):
     new_fps = new_fps or fps
     joints = np.asarray(joints) * (100 / skeleton.units_per_metre)
     offsets, local, root = local_rotations(joints, skeleton, fps, new_fps)
+    write_rotations(path, skeleton.names, skeleton.parents, offsets, local, root, new_fps)
+
+
+def write_rotations(path, names, parents, offsets, local, root, fps):
+    """Write a BVH file of what `local_rotations` returns. parents (J,): the root is its own."""
     angles = Rotation.from_matrix(local.reshape(-1, 3, 3)).as_euler(ORDER, degrees=True)
     angles = _without_jumps(angles.reshape(local.shape[:-1]))
-
+    turn = ' '.join(f'{axis}rotation' for axis in ORDER)
     lines = ['HIERARCHY']
     columns = [root]
 
     def write_joint(j, depth):
         tab = '  ' * depth
-        children = np.flatnonzero(skeleton.parents == j)
-        place = 'Xposition Yposition Zposition '
-        turn = ' '.join(f'{axis}rotation' for axis in ORDER)
         offset = '{:.4f} {:.4f} {:.4f}'.format(*offsets[j])
-        lines.append(f'{tab}{"JOINT" if j else "ROOT"} {skeleton.names[j]}')
+        lines.append(f'{tab}{"JOINT" if j else "ROOT"} {names[j]}')
         lines.append(f'{tab}{{')
         lines.append(f'{tab}  OFFSET {offset}')
-        lines.append(f'{tab}  CHANNELS ' + ('3 ' + turn if j else '6 ' + place + turn))
+        place = '3' if j else '6 Xposition Yposition Zposition'
+        lines.append(f'{tab}  CHANNELS {place} {turn}')
         columns.append(angles[:, j])
+        children = [child for child in np.flatnonzero(parents == j) if child]
         for child in children:
-            if child:   # the root is its own parent
-                write_joint(child, depth + 1)
-        if not len(children):
+            write_joint(child, depth + 1)
+        if not children:
             lines.append(f'{tab}  End Site\n{tab}  {{\n{tab}    OFFSET {offset}\n{tab}  }}')
         lines.append(f'{tab}}}')
 
     write_joint(0, 0)
-    lines += ['MOTION', f'Frames: {len(root)}', f'Frame Time: {1 / new_fps:.8f}']
+    lines += ['MOTION', f'Frames: {len(root)}', f'Frame Time: {1 / fps:.8f}']
     for row in np.concatenate(columns, axis=1):
         lines.append(' '.join(f'{value:.4f}' for value in row))
     with open(path, 'w', encoding='utf-8') as f:

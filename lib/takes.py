@@ -85,16 +85,22 @@ def read_joint_map(path):
 # ---------------------------------------------------------------------------------- which is which
 
 
+def _lower(name):
+    """A name in small letters, without its namespace: 'mixamorig:LeftUpLeg' -> 'leftupleg'."""
+    return re.sub(r'^.*[:|]', '', name.lower())
+
+
 def _shared_prefix(names):
-    """The longest prefix, up to a mark, of at least three quarters of the names: 'mixamorig:'."""
+    """The longest prefix, up to a mark, of at least three quarters of the names: 'bip01 '."""
+    names = [_lower(name) for name in names]
     counts = Counter(name[:mark.end()] for name in names for mark in re.finditer(r'[\W_]+', name))
     return max((prefix for prefix, n in counts.items() if n >= 0.75 * len(names)), key=len,
                default='')
 
 
 def _bare(name, prefix):
-    """A name without prefix, case and marks: 'mixamorig:LeftUpLeg' -> 'leftupleg'."""
-    return re.sub(r'^mixamorig\d*|[\W_]', '', name.removeprefix(prefix).lower())
+    """A name without prefix, case and marks: 'Bip01 L UpperArm' -> 'lupperarm'."""
+    return re.sub(r'^mixamorig\d*|[\W_]', '', _lower(name).removeprefix(prefix))
 
 
 def find_joints(names, tables, extra=(), skeleton=SMPL):
@@ -260,15 +266,17 @@ def _limb_lengths(joints, skeleton):
             for limb, (start, end) in LIMBS.items() for side in ('left', 'right')}
 
 
-def _find_unit(lengths, whose):
-    """Medians of limb lengths -> name and metres of the one unit in which they are a person's."""
-    leg = np.mean([sum(lengths[limb, side] for limb in ('thigh', 'shin'))
-                   for side in ('left', 'right')])
+def _find_unit(path, joints, skeleton, whose, given):
+    """-> name and metres of the unit that is given, or else in which legs are as long as a
+    person's."""
+    lengths = _limb_lengths(joints, skeleton)
+    leg = np.median([lengths['thigh', side] + lengths['shin', side] for side in ('left', 'right')])
     units = {'units of the CMU database': CMU_UNIT, **UNITS} if whose == 'CMU' else UNITS
-    for name, metres in units.items():
+    for name, metres in {'the given unit': given}.items() if given else units.items():
         if LEG[0] <= leg * metres <= LEG[1]:
             return name, metres
-    return None, leg
+    raise UserError(f'{path} has legs of {leg:.3g} units, expected {LEG[0]} to {LEG[1]} m'
+                    f'{f" ({given:g} m each)" if given else ""}: give --unit, or --joints=map.json')
 
 
 def _axis_of(direction):
@@ -358,17 +366,7 @@ def read_take(path, settings=TakeSettings(), fps=None, new_fps=SMPL.fps, skeleto
     notes = []
     joints, rest, own_fps, whose, unused = _read_joints(path, settings, skeleton, notes)
 
-    medians = {limb: np.median(x) for limb, x in _limb_lengths(joints, skeleton).items()}
-    unit, metres = _find_unit(medians, whose)
-    if settings.unit:
-        unit, metres = 'the given unit', settings.unit
-    elif not unit:
-        raise UserError(f'{path} has legs of {metres:.3g} units, which is no person in '
-                        f'{", ".join(UNITS)}: give --unit, or --joints=map.json')
-    leg = metres * (medians['thigh', 'left'] + medians['shin', 'left'])
-    if not LEG[0] <= leg <= LEG[1]:
-        raise UserError(f'{path} has legs of {leg:.3g} m, expected {LEG[0]} to {LEG[1]} m: give '
-                        'another --unit')
+    unit, metres = _find_unit(path, joints, skeleton, whose, settings.unit)
     up = settings.up or _find_up(joints, rest, skeleton)
     if not up:
         raise UserError(f'{path} has a body that is upright along neither y nor z: give --up, the '

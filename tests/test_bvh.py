@@ -54,7 +54,7 @@ ROWS = ['0 20 0 0 0 0 0 0 0 0 0 0 0 0 0',
 
 
 def tiny(text):
-    return 'tiny.bvh', text.encode_captions()
+    return 'tiny.bvh', text.encode()
 
 
 def test_reader_and_forward_kinematics(tmp_path):

@@ -223,7 +223,7 @@ def field_folder(root, clips, texts, splits, dim=263, stats=True):
     for name, array in clips.items():
         np.save(root / 'new_joint_vecs' / f'{name}.npy', array)
     for name, text in texts.items():
-        (root / 'texts' / f'{name}.txt').write_bytes(text.encode_captions())
+        (root / 'texts' / f'{name}.txt').write_bytes(text.encode())
     for split, names in splits.items():
         (root / f'{split}.txt').write_bytes('\r\n'.join(names).encode() + b'\r\n')
     if stats:
