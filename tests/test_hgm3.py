@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 import hgm3
 import model
-from lib import text
 from generate import generate_base
+from lib import text
+from masking import mask_tokens
 from model import LossPredictor, MaskTransformer, ModelConfig
 
 SMALL = dict(n_codes=20, code_dim=8, n_quantizers=4, latent=24, n_layers=3, n_heads=3, ff=32)
@@ -139,7 +140,7 @@ def test_levels():
         assert torch.equal(visible.abs(), role)
         assert torch.equal(hgm3.visible_nodes(visible, 3), role)
     assert [hgm3.decoding_level(step) for step in range(10)] == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3]   # Eq 14
-    assert [hgm3.decoding_level(step, 0, 0) for step in range(3)] == [3, 3, 3]
+    assert [hgm3.training_level(step) for step in range(4)] == [1, 2, 3, 1]
 
 
 @pytest.fixture
@@ -147,14 +148,13 @@ def small():
     torch.manual_seed(0)
     config = ModelConfig(**SMALL, graph=True, spectral_attn=False, dropout=0.0)
     tokens = list(GRAPHS)[:4]
-    nodes = [text.caption_graph(t) for t in tokens]
-    c, role = text.caption_vectors(tokens, 'hash', 'graph', nodes)
+    c, role = text.caption_vectors(tokens, 'hash', 'graph', tokens)
     valid = torch.arange(12) < torch.tensor([12, 5, 9, 12])[:, None]
     return MaskTransformer(config, torch.randn(20, 8)).eval(), c, role, valid
 
 
-def test_hidden_nodes_are_heard_through_the_graph_only(small):
-    """At level 1 the transformer is shown C^m alone, which has read the actions (Eq 11)."""
+def test_hidden_nodes_act_through_the_graph_only(small):
+    """At level 1 the transformer is shown C^m alone, which contains the actions (Eq 11)."""
     m, c, role, valid = small
     ids = torch.randint(20, valid.shape)
     motion = hgm3.visible_nodes(role, 1)
@@ -164,7 +164,7 @@ def test_hidden_nodes_are_heard_through_the_graph_only(small):
         changed[:, 1] += 1   # the first action
         assert (m(ids, changed, motion, valid) - out)[valid].abs().max() > 1e-4
         changed = c.clone()
-        changed[:, 2] += 1   # a specific: no neighbour of the motion node
+        changed[:, 2] += 1   # a phrase: not a neighbour of the motion node
         assert (m(ids, changed, motion, valid) - out)[valid].abs().max() < 1e-6
         longer = torch.cat([c, torch.randn(4, 3, 512)], 1)
         padded = m(ids, longer, F.pad(motion, (0, 3)), valid)
@@ -172,17 +172,17 @@ def test_hidden_nodes_are_heard_through_the_graph_only(small):
 
 
 def test_hidden_nodes_cost_no_tokens(small, monkeypatch):
-    """Condition tokens close up behind hidden ones, and nothing else changes."""
+    """Hidden condition tokens are removed from the batch, and nothing else changes."""
     m, c, role, valid = small
     ids = torch.randint(20, valid.shape)
     for level in (1, 2, 3):
         shown = hgm3.visible_nodes(role, level)
         with torch.no_grad():
-            front, front_valid = m.trunk.condition(c, shown)
+            front, front_valid = m.trunk.condition_tokens(c, shown)
             out = m(ids, c, shown, valid)
             with monkeypatch.context() as patch:
-                patch.setattr(model, 'without_gaps', lambda front, shown: (front, shown))
-                unpacked, _ = m.trunk.condition(c, shown)
+                patch.setattr(model, 'drop_hidden', lambda front, shown: (front, shown))
+                unpacked, _ = m.trunk.condition_tokens(c, shown)
                 plain = m(ids, c, shown, valid)
         assert front.shape[1] == (shown > 0).sum(1).max()
         assert level > 1 or front.shape[1] == 1
@@ -192,7 +192,7 @@ def test_hidden_nodes_cost_no_tokens(small, monkeypatch):
         assert (out - plain)[valid].abs().max() < 1e-5
 
 
-def test_decoding_hears_more_step_by_step(small):
+def test_decoding_shows_more_nodes_step_by_step(small):
     m, c, role, valid = small
     shown = []
     forward = m.forward
@@ -202,7 +202,7 @@ def test_decoding_hears_more_step_by_step(small):
         return forward(ids, c, role, *more, **rest)
 
     m.forward = remember
-    generate_base(m, c, role, valid.sum(1), steps=10, motion_steps=2, action_steps=5)
+    generate_base(m, c, role, valid.sum(1), steps=10)
     n_actions = (role == 2).sum(1)
     every = (role > 0).sum(1)
     for step, counts in enumerate(shown):
@@ -236,7 +236,7 @@ def mining(**more):
     torch.manual_seed(0)
     config = ModelConfig(**{**SMALL, 'spectral_attn': False, 'dropout': 0.0, **more})
     return hgm3.HardTokenMining(MaskTransformer(config, torch.randn(20, 8)),
-                                LossPredictor(config), momentum=0.9)
+                                LossPredictor(config))
 
 
 def batch():
@@ -248,8 +248,8 @@ def batch():
 
 def loss_of(miner):
     ids, c, role, valid = batch()
-    masked, chosen = miner.reconstructor.mask_tokens(
-        ids, c, valid, 'random', generator=torch.Generator().manual_seed(0))
+    masked, chosen = mask_tokens(miner.reconstructor, ids, c, valid, 'random',
+                                 generator=torch.Generator().manual_seed(0))
     targets = torch.where(chosen, ids, -100)
     loss = miner(masked, c, role, valid, targets, chosen.sum(), None, ids)
     alone = miner.reconstructor(masked, c, role, valid, targets)
@@ -266,11 +266,12 @@ def test_gradients_of_the_two_losses_do_not_mix():
     miner.zero_grad()
     alone.backward()
     for p, before in zip(miner.reconstructor.parameters(), ours):
-        assert torch.equal(p.grad, before)   # F learns what MoMask's learns, to the bit
+        assert torch.equal(p.grad, before)   # F's gradient is MoMask's, bit for bit
     assert all(p.grad is None for p in miner.student.parameters())
 
 
-def test_the_teacher_is_the_students_moving_average():
+def test_the_teacher_is_the_students_moving_average(monkeypatch):
+    monkeypatch.setattr(hgm3, 'TEACHER_MOMENTUM', 0.9)
     miner = mining()
     expected = [p.clone() for p in miner.teacher.parameters()]
     for step in range(4):
@@ -291,8 +292,8 @@ def test_how_many_hard_and_random_masks(mask_by):
     for t, share in ((0, 0.0), (500, 0.25), (1000, 0.5)):
         alpha = hgm3.hard_share(t, 1000)
         assert alpha == share                                             # Eq 8
-        _, chosen = model.mask_tokens(ids, c, valid, mask_by, share=0.8, difficulty=difficulty,
-                                      hard_share=alpha)
+        _, chosen = mask_tokens(model, ids, c, valid, mask_by, 0.8, difficulty=difficulty,
+                                hard_share=alpha)
         n = valid.sum(1)
         K = (0.8 * n).round()
         assert torch.equal(chosen.sum(1), K.long())
@@ -305,7 +306,7 @@ def test_how_many_hard_and_random_masks(mask_by):
 
 
 def test_without_hard_tokens_it_is_momask_to_the_bit():
-    """alpha_T = 0 and one vector of text: the same masks, so the same weights after training."""
+    """With a hard share of 0: the same masks, so the same weights after training."""
     weights = []
     for mask_by in ('random', 'loss'):
         miner = mining(dropout=0.1)
@@ -317,8 +318,8 @@ def test_without_hard_tokens_it_is_momask_to_the_bit():
         for _ in range(4):
             ids, c, role, valid = batch()
             difficulty = miner.difficulty(ids, c, role, valid)
-            masked, chosen = model.mask_tokens(ids, c, valid, mask_by, difficulty=difficulty,
-                                               hard_share=0.0, generator=g)
+            masked, chosen = mask_tokens(model, ids, c, valid, mask_by, generator=g,
+                                         difficulty=difficulty, hard_share=0.0)
             targets = torch.where(chosen, ids, -100)
             inputs = masked, c, role, valid, targets, chosen.sum()
             loss = net(*inputs, None, ids) if mask_by == 'loss' else net(*inputs)
@@ -328,3 +329,8 @@ def test_without_hard_tokens_it_is_momask_to_the_bit():
         weights.append(copy.deepcopy(model.state_dict()))
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+def test_roles_have_the_same_numbers_in_both_files():
+    assert (hgm3.MOTION, hgm3.ACTION, hgm3.FIRST_EDGE) == (text.MOTION, text.ACTION, text.FIRST_EDGE)
+    assert hgm3.N_EDGES == len(text.EDGES) and text.EDGES[-1] == 'MA'
