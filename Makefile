@@ -1,15 +1,17 @@
-# make demo: environment, toy data, tokenizer, transformers, a few GIFs. A stage that is finished is not done again,
-# one that was cut off goes on.
-# make test: the tests.
-# make app: what the page in the browser needs, and the page.
+# make demo: environment, toy data, tokenizer, transformers, six GIFs. Finished stages are skipped, a
+#            stage that was interrupted resumes
+# make test: the tests
+# make app:  the page in the browser, with what it needs
 PY = .venv/bin/python
 DONE = out/toy/.done
-go_on = $(if $(wildcard out/toy/$(1)_last.pt),--init_from=resume)
+resume = $(if $(wildcard out/toy/$(1)_last.pt),--init_from=resume)
 export PYTHONUNBUFFERED = 1
 
 demo: $(DONE)-len
 	$(PY) sample.py config/toy.py --prompts=config/demo_prompts.txt
-	@echo "Look at out/toy/samples/*.gif. Next: $(PY) sample.py config/toy.py --prompt=\"a person turns left, then jumps\""
+	@echo "Look at out/toy/samples/*.gif. Then try:"
+	@echo ". .venv/bin/activate"
+	@echo "python sample.py config/toy.py --prompt=\"a person turns left, then jumps\""
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -20,19 +22,19 @@ data/toy/meta.json: .venv/ready
 	$(PY) prepare_data.py toy
 
 $(DONE)-vq: data/toy/meta.json
-	$(PY) train_vq.py config/toy.py $(call go_on,vq)
+	$(PY) train_vq.py config/toy.py $(call resume,vq)
 	touch $@
 
 $(DONE)-mask: $(DONE)-vq
-	$(PY) train_mask.py config/toy.py $(call go_on,mask)
+	$(PY) train_mask.py config/toy.py $(call resume,mask)
 	touch $@
 
 $(DONE)-res: $(DONE)-mask
-	$(PY) train_mask.py config/toy.py --stage=res $(call go_on,res)
+	$(PY) train_mask.py config/toy.py --stage=res $(call resume,res)
 	touch $@
 
 $(DONE)-len: $(DONE)-res
-	$(PY) train_mask.py config/toy.py --stage=len $(call go_on,len)
+	$(PY) train_mask.py config/toy.py --stage=len $(call resume,len)
 	touch $@
 
 .venv/app: requirements-app.txt .venv/ready
@@ -43,6 +45,6 @@ app: .venv/app
 	$(PY) app.py config/toy.py
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2   # two workers of one thread, not two of two
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2   # two workers of one thread each
 
 .PHONY: demo app test

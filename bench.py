@@ -1,6 +1,6 @@
 """Speed and memory of our code beside the plain recipe, in one process:
 
-    python bench.py                                # CPU: all tables -> bench_cpu.json
+    python bench.py                                # CPU: all tables -> assets/bench_cpu.json
     python bench.py --device=cuda --compile=True --prompts_at_once=256
 
 `plain` is the recipe of MoMask's code: float32, the CLIP text tower and the tokenizer run in every
@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 import msd
 from generate import generate_base, generate_residual
 from lib import fast
-from lib.configurator import configure
+from lib.configurator import ROOT, configure
 from lib.runtime import atomic_write, make_optimizers, setup, synchronize
 from lib.text import clip_tower
 from masking import mask_tokens
@@ -44,7 +45,7 @@ frames = 196
 prompts_at_once = 32         # generated at a time, beside one alone
 max_tokens = 4096            # the longest sequence of the attention table
 compile = False              # also time the compiled forms
-bench_json = ''              # '' is bench_<device>.json
+bench_json = ''              # '' is assets/bench_<device>.json of the project
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat16' | 'float32'
@@ -299,7 +300,7 @@ if 'attention' in tables:
             table['largest difference'] = float(difference)
             print(f'  largest difference {difference:.1g}')
 
-path = bench_json or f"bench_{'cuda' if cuda else 'cpu'}.json"
+path = bench_json or os.path.join(ROOT, 'assets', f'bench_{run.device[:4]}.json')
 with atomic_write(path, 'w') as f:
     json.dump(results, f, indent=1)
 print(f'\nwritten to {path}')

@@ -44,7 +44,7 @@ from lib.takes import AXES, MAX_FRAMES, SUFFIXES, UNITS, cut, read_take, take_se
 SMPL = SKELETONS['smpl22']
 # what a prepared data set consists of: the only files that are ever replaced
 OUR_FILES = re.compile(r'meta\.json|(mean|std)\.npy|\w+_(motion\.npy|clips\.npz|captions\.json)|'
-                       r'text_\w+\.npz|tokens_\w+\.npy|\..*\.tmp')
+                       r'text_\w+\.npz|tokens_\w+\.np[yz]|\..*\.tmp')
 
 # ------------------------------------------------------------------------- common to all converters
 
@@ -422,7 +422,4 @@ def main(argv=None):
 
 if __name__ == '__main__':
     install_error_hook()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('interrupted: nothing was written')
+    main()

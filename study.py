@@ -2,7 +2,7 @@
 one table:
 
     python study.py config/toy.py --what=dynmask --seeds=2 --steps=1000
-    python study.py config/toy.py --what=letter                        # one departure at a time
+    python study.py config/toy.py --what=departures                    # one departure at a time
     python study.py config/bandai.py --what=dynmask --steps=3000
 
 Every variant runs train_mask.py and then eval_t2m.py on the validation split, base tokens only (so
@@ -39,7 +39,7 @@ STUDIES = {
         'both': dict(spectral_attn=True, mask_by='msd'),
     },
     # each departure from the papers, undone by itself
-    'letter': {
+    'departures': {
         'ours': {},
         'sentence': dict(text='sentence'),
         'AdamW': dict(optimizer='adamw'),

@@ -66,7 +66,7 @@ generator = torch.Generator().manual_seed(seed)   # of clips, captions and crops
 _, mean, std = load_meta(folder)
 train, val, test = (Clips(folder, name) for name in ('train', 'val', 'test'))
 identity = dict(data_hash=fingerprint(folder))
-resumed = open_run(run, out_dir, 'evaluator', config,
+resumed = open_run(run, out_dir, 'evaluator', config, ev_steps,
                    ('ae_it', 'best', 'decoder', 'log_scale', 'optimizer', 'clip_generator', 'rng'),
                    **identity)
 texts_of_clip = [set() for _ in train.split.start]

@@ -31,14 +31,16 @@ NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # characters that UTF-8 or a file n
 LIMITS = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters eval_every vq_eval_every ev_eval_every '
-               'log_every steps repeats rounds clips seeds'),
-    (1, 2**16, 'batch_size vq_batch ev_batch batch prompts window_frames frames max_tokens'),
+               'log_every steps repeats rounds clips seeds ev_steps'),
+    (1, 2**16, 'batch_size vq_batch ev_batch batch prompts_at_once window_frames frames '
+               'max_tokens'),
     (1, 2**14, 'latent ff code_dim vq_width ev_movement ev_code ev_motion_hidden ev_text_hidden '
                'ev_out'),
     (1, 128, 'n_layers n_heads n_quantizers window'),
     (2, 2**15, 'n_codes'),   # token ids are int16
     (0, 64, 'r_exp neighbours'),
     (0, 6, 'vq_depth'),
+    (-1, 64, 'res_layers'),
     (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp cond_drop quantize_dropout anneal'),
     (0, 0.99, 'dropout'),
     (1e-6, 1, 'top_share'),
@@ -110,7 +112,7 @@ def convert(key, value, default, where, allowed=()):
     """Check a value against the type of its default, the limits and the allowed words, and return
     it. An int may be given for a float. where: the file or argument that UserError names."""
     shown = f'{value!r:.60}' if not isinstance(value, int) or abs(value) < 1e60 else 'a huge number'
-    where = where if where.isprintable() else ascii(where)
+    where = str(where) if str(where).isprintable() else ascii(where)
     problem = f'{where[:80]}: {key} is {shown}, expected'
     if isinstance(default, float) and type(value) is int and shown != 'a huge number':
         value = float(value)

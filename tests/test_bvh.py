@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-import prepare_data
 from lib import toy
+from lib.bandai import bandai_files, bandai_joints
 from lib.bvh import bvh_to_joints, fit_rotations, read_bvh, write_bvh
 from lib.configurator import ROOT, UserError
 from lib.motion import features_to_joints, joints_to_features
@@ -62,16 +62,16 @@ def test_reader_and_forward_kinematics(tmp_path):
     text = HEAD + '\n'.join(ROWS) + '\n\n \n'
     path.write_bytes(text.replace('\n', '\r\n').encode())
     names, parents, offsets, channels, frames, fps = read_bvh(str(path))
-    assert names == ['Hips', 'Leg', 'Foot', 'Arm']
-    assert parents.tolist() == [-1, 0, 1, 0]
+    assert names == ['Hips', 'Leg', 'Foot', 'Foot_end', 'Arm', 'Arm_end']
+    assert parents.tolist() == [-1, 0, 1, 2, 0, 4]
     assert fps == 20
     assert frames.shape == (3, 15)
-    assert [len(c) for c in channels] == [6, 3, 3, 3]
-    # end sites leave no trace
-    assert offsets[2].tolist() == [0, -5, 1]
-    assert offsets[3].tolist() == [2, 0, 0]
+    assert [len(c) for c in channels] == [6, 3, 3, 0, 3, 0]
+    assert offsets[3:].tolist() == [[0, 0, 7], [2, 0, 0], [1, 0, 0]]
 
     joints = bvh_to_joints(parents, offsets, channels, frames)
+    assert np.allclose(joints[0, [3, 5]], [[0, 5, 8], [3, 20, 0]])   # end sites
+    joints = joints[:, [0, 1, 2, 4]]
     assert np.allclose(joints[0], [[0, 20, 0], [0, 10, 0], [0, 5, 1], [2, 20, 0]])
     # 90 degrees about Z
     assert np.allclose(joints[1], [[1, 20, 0], [11, 20, 0], [16, 20, 1], [1, 22, 0]])
@@ -86,16 +86,17 @@ def test_position_channels_replace_offsets():
     row = '0 20 0 0 0 0  0 -11 0 0 0 0  0 -6 0 0 0 0  3 0 0 0 0 0'
     _, parents, offsets, channels, frames, _ = read_bvh(tiny(head + row))
     joints = bvh_to_joints(parents, offsets, channels, frames)
-    assert np.allclose(joints[0], [[0, 20, 0], [0, 9, 0], [0, 3, 0], [3, 20, 0]])
+    joints = joints[0, [0, 1, 2, 4]]
+    assert np.allclose(joints, [[0, 20, 0], [0, 9, 0], [0, 3, 0], [3, 20, 0]])
 
 
 @pytest.mark.parametrize('text, words', [
-    (HEAD + '\n'.join(ROWS[:2]), '2 frames where its header promises 3'),
+    (HEAD + ROWS[0], '1 frames where its header promises 3'),
     (HEAD + '\n'.join(ROWS)[:-14], 'truncated'),
-    (HEAD + '\n'.join(ROWS) + '\n' + ROWS[0], '4 frames where its header promises 3'),
+    (HEAD + '\n'.join(ROWS + ROWS[:2]), '5 frames where its header promises 3'),
     (HEAD + '\n'.join(ROWS).replace('90', 'ninety', 1), 'not a number'),
     (HEAD + '\n'.join(ROWS).replace('90', 'nan', 1), 'NaN'),
-    (HEAD[:150] + HEAD[HEAD.index('MOTION'):], 'HIERARCHY that cannot be read'),
+    (HEAD[:150] + '\n' + HEAD[HEAD.index('MOTION'):], 'HIERARCHY that cannot be read'),
     (HEAD.replace('Xrotation', 'Wrotation') + '\n'.join(ROWS), 'HIERARCHY that cannot be read'),
     (HEAD.replace('Xrotation', 'Zrotation') + '\n'.join(ROWS), 'HIERARCHY that cannot be read'),
     (HEAD.split('MOTION')[0], 'not a BVH file'),
@@ -167,8 +168,8 @@ def test_elbows_and_knees_bend_like_hinges():
 
 @pytest.mark.skipif(not os.path.exists(BANDAI), reason='../shared is not here: no real BVH clips')
 def test_real_clips_keep_their_joints_within_a_centimetre(tmp_path):
-    for file in itertools.islice(prepare_data.bandai_files(BANDAI), 6):
-        joints = prepare_data.bandai_joints(file)
+    for file in itertools.islice(bandai_files(BANDAI), 6):
+        joints = bandai_joints(file)
         joints = features_to_joints(joints_to_features(joints, SMPL, steady=True), 22)
         back, _, _ = written(tmp_path / 'a.bvh', joints, SMPL)
         error = np.linalg.norm(back / 100 - joints, axis=-1)

@@ -1,5 +1,5 @@
-"""Bad input, bad files, bad luck: each thing that once ended in a traceback, took the machine's
-memory or was silently wrong, and the sentence that it gets now. Whole runs are in test_runs.py."""
+"""Bad input and damaged files: everything that once ended in a traceback, took all memory or was
+silently wrong, and the sentence that it gets now. Whole runs are in test_runs.py."""
 import errno
 import io
 import json
@@ -16,13 +16,11 @@ from conftest import PROJECT
 from test_bvh import HEAD, ROWS, tiny
 from test_data import WALKS, FrameNumbers, field_folder, noise, packed, prepare
 
-from lib import data
 import momask
 import prepare_data
-from lib import runtime
-from lib import text
+from lib import bandai, data, runtime, text
 from lib.bvh import read_bvh
-from lib.configurator import CHOICES, RANGES, UserError, configure
+from lib.configurator import LIMITS, SHARED, UserError, configure, settings_lines
 from vq import RVQVAE, VQConfig, load_tokenizer
 
 SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'app', 'study',
@@ -44,29 +42,26 @@ def sentence(work, *words):
 
 
 def settings_of(script):
-    """Its globals down to `configure`, with nothing imported."""
-    with open(os.path.join(PROJECT, f'{script}.py'), encoding='utf-8') as f:
-        block = f.read().split('\n# ---')[1]
-    if 'config/decoding.py' in block:
-        with open(os.path.join(PROJECT, 'config', 'decoding.py'), encoding='utf-8') as f:
-            block = f.read() + block
-    lines = [line for line in block.splitlines() if re.match(r'(?!config = )\w+ = ', line)]
+    """Its settings and their defaults, with nothing imported."""
+    path = os.path.join(PROJECT, f'{script}.py')
+    lines = settings_lines(path)
+    with open(path, encoding='utf-8') as f:
+        if 'shared=True' in f.read():
+            lines = settings_lines(SHARED) + lines
     found = {}
-    exec('\n'.join(lines), found)
+    exec('\n'.join(line for line in lines if re.match(r'\w+ = ', line)), found)
     del found['__builtins__']
     return found
 
 
-def test_every_number_has_a_range():
+def test_defaults_are_within_the_limits():
     for script in SCRIPTS:
         settings = settings_of(script)
+        assert configure(dict(settings), []) == settings
         for key, value in settings.items():
-            if type(value) in (int, float):
-                low, high = RANGES[key]
+            if key in LIMITS:
+                low, high = LIMITS[key]
                 assert low <= value <= high, (script, key)
-        assert configure(settings, []) == settings
-        for key, value in settings.items():
-            assert value in CHOICES.get(key, [value])
 
 
 @pytest.mark.parametrize('script, argument', [
@@ -75,7 +70,7 @@ def test_every_number_has_a_range():
         'log_every=0', 'n_heads=0', 'n_layers=-1', 'n_layers=0', 'dropout=1.0', 'dropout=-0.1',
         'window=1000', 'window=0', 'latent=0', 'latent=1000000000', 'lr=' + '-' * 9000 + '1',
         'lr=nan', 'lr=1e400', 'lr=-1e-4', 'mask_iters=0', 'cond_drop=2', 'seed=1_0e',
-        'alpha0=-inf', 'seed=' + '9' * 5000, 'grad_clip=0', 'data=\udcff', 'text=\0', 'remask=1')
+        'alpha0=-inf', 'seed=' + '9' * 5000, 'grad_clip=0', 'data=\udcff', 'text=\0', 'rotary=1')
 ] + [
     ('train_vq', argument) for argument in (
         'n_codes=0', 'n_codes=40000', 'n_quantizers=0', 'vq_depth=-1', 'vq_batch=0',
@@ -93,12 +88,14 @@ def test_settings_that_make_no_sense(script, argument):
 @pytest.mark.parametrize('line, words', [
     ('steps = [1]', 'steps is [1], expected int'),
     ('steps = None', 'steps is None, expected int'),
-    ('cond_scale = float("nan")', 'cond_scale is nan, expected -100 to 100'),
+    ('cond_scale = float("nan")', 'cond_scale is nan'),
     ('cond_scale = 10**400', 'cond_scale is'),
-    ('seed = 10**5000', 'seed is a number of hundreds of digits'),
+    ('seed = 10**5000', 'seed is a huge number'),
     ('steps = True', 'steps is True, expected int'),
     ('steps = ' + 300 * '(' + '1' + 300 * ')', 'is not a config file'),
-    ('steps = 1 / 0', 'is not a config file: ZeroDivisionError')])
+    ('steps = 1 / 0', 'is not a config file: ZeroDivisionError'),
+    ('raise SystemExit', 'is not a config file: SystemExit'),
+    ('clock = 3', 'sets clock')])
 def test_config_files_that_make_no_sense(tmp_path, line, words):
     path = tmp_path / 'my.py'
     path.write_text(line)
@@ -172,7 +169,7 @@ def test_an_archive_with_something_else_named_bvh(tmp_path, kind):
     path = tmp_path / 'a.tar'
     archive_of(path, [(CLIP.format(0), b'HIERARCHY'), (CLIP.format(1), kind),
                       (CLIP.format(2), b'')])
-    found = list(prepare_data.bandai_files(path))
+    found = list(bandai.bandai_files(path))
     assert [len(content) for _, content in found] == [9, 0, 0]
     _, clips, skipped = prepare_data.bandai_clips(found[1])
     assert not clips
@@ -182,7 +179,7 @@ def test_an_archive_with_something_else_named_bvh(tmp_path, kind):
 def test_a_folder_with_something_else_named_bvh(tmp_path):
     os.mkdir(tmp_path / CLIP.format(0))
     os.mkfifo(tmp_path / CLIP.format(1))
-    assert [content for _, content in prepare_data.bandai_files(tmp_path)] == [b'', b'']
+    assert [content for _, content in bandai.bandai_files(tmp_path)] == [b'', b'']
 
 
 def test_an_archive_with_a_flipped_bit(tmp_path):
@@ -190,17 +187,17 @@ def test_an_archive_with_a_flipped_bit(tmp_path):
     path = tmp_path / 'a.tar'
     archive_of(path, [(CLIP.format(i), os.urandom(200).hex().encode()) for i in range(8)])
     whole = path.read_bytes()
-    good = list(prepare_data.bandai_files(path))
+    good = list(bandai.bandai_files(path))
     assert len(good) == 8
     rng = np.random.default_rng(0)
     for place in rng.integers(len(whole), size=60).tolist():
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
-        sentence(lambda: list(prepare_data.bandai_files(path)), str(path))
+        sentence(lambda: list(bandai.bandai_files(path)), str(path))
     for share in (0.3, 0.5, 0.7):
         path.write_bytes(whole[:int(share * len(whole))])
-        sentence(lambda: list(prepare_data.bandai_files(path)), str(path))
+        sentence(lambda: list(bandai.bandai_files(path)), str(path))
 
 
 # ----------------------------------------------------------------------------- hml3d, kit and babel
@@ -310,23 +307,6 @@ def test_babel_entries_that_are_none(tmp_path, entry):
 # ---------------------------------------------------------------------------------- packed format
 
 
-def change_json(file, change):
-    def apply(folder):
-        path = folder / file
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(change(content) or content))
-
-    return apply
-
-
-def meta(**changes):
-    return change_json('meta.json', lambda content: content.update(changes))
-
-
-def caption(**changes):
-    return change_json('train_captions.json', lambda content: content[-1].update(changes))
-
-
 def no_file(file):
     return lambda folder: os.remove(folder / file)
 
@@ -335,18 +315,10 @@ def write(file, content):
     return lambda folder: (folder / file).write_bytes(content)
 
 
-def array(file, change):
-    return lambda folder: np.save(folder / file, change(np.load(folder / file)))
-
-
-def clips(**changes):
+def meta(**changes):
     def apply(folder):
-        path = folder / 'train_clips.npz'
-        with np.load(path) as f:
-            content = dict(f)
-        for key, change in changes.items():
-            content[key] = change(content[key])
-        np.savez(path, **{key: x for key, x in content.items() if x is not None})
+        content = json.loads((folder / 'meta.json').read_text())
+        (folder / 'meta.json').write_text(json.dumps(content | changes))
 
     return apply
 
@@ -364,56 +336,26 @@ def flip(file):
     return apply
 
 
-def swapped_motion(folder):
-    """In the other byte order, under a stamp that fits."""
-    path = folder / 'train_motion.npy'
-    np.save(path, np.load(path).astype('>f4'))
-    meta(files={'train_motion.npy': data.stamp(path)})(folder)
-
-
-def motion_folder(folder):
-    os.remove(folder / 'train_motion.npy')
-    os.mkdir(folder / 'train_motion.npy')
+def become_folder(path):
+    os.remove(path)
+    os.mkdir(path)
 
 
 DAMAGE = {
     'meta is cut': ('meta.json', cut_file('meta.json')),
     'meta is a list': ('meta.json', write('meta.json', b'[1]')),
-    'meta is no text': ('meta.json', write('meta.json', b'\xff\xff')),
+    'meta is not text': ('meta.json', write('meta.json', b'\xff\xff')),
     'meta is deep': ('meta.json', write('meta.json', b'[' * 100_000)),
     'no name': ('meta.json', meta(name=None)),
     'no skeleton': ('meta.json', meta(skeleton=['smpl22'])),
-    'no files': ('train_motion.npy', meta(files=3)),
-    'no stamp': ('train_motion.npy', meta(files={'train_motion.npy': {'bytes': 1}})),
-    'max_frames edited': ('max_frames', meta(max_frames=40)),
+    'no digests': ('meta.json', meta(files=3)),
     'no max_frames': ('meta.json', meta(max_frames=0)),
     'no mean': ('mean.npy', no_file('mean.npy')),
-    'mean is cut': ('mean.npy', cut_file('mean.npy')),
-    'mean is short': ('mean.npy', array('mean.npy', lambda x: x[:200])),
-    'mean is text': ('mean.npy', array('mean.npy', lambda x: x.astype(str))),
-    'std is NaN': ('std.npy', array('std.npy', lambda x: x * np.nan)),
-    'std is 0': ('std.npy', array('std.npy', lambda x: 0 * x)),
-    'motion is cut': ('train_motion.npy', cut_file('train_motion.npy')),
-    'motion is a folder': ('train_motion.npy', motion_folder),
-    'motion of another byte order': ('train_motion.npy', swapped_motion),
-    'no clips': ('train_clips.npz', no_file('train_clips.npz')),
-    'clips are cut': ('train_clips.npz', cut_file('train_clips.npz')),
+    'std is cut': ('std.npy', cut_file('std.npy')),
+    'motion is a folder': ('train_motion.npy',
+                           lambda folder: become_folder(folder / 'train_motion.npy')),
     'clips have a flipped bit': ('train_clips.npz', flip('train_clips.npz')),
-    'clips lack a key': ('train_clips.npz', clips(name=lambda x: None)),
-    'clips past the end': ('train_clips.npz', clips(length=lambda x: x + 1)),
-    'negative starts': ('train_clips.npz', clips(start=lambda x: x - 7)),
-    'starts of another kind': ('train_clips.npz', clips(start=lambda x: x.astype(float))),
-    'fewer names': ('train_clips.npz', clips(name=lambda x: x[1:])),
-    'names of another kind': ('train_clips.npz', clips(name=lambda x: np.arange(len(x)))),
-    'no captions': ('train_captions.json', no_file('train_captions.json')),
-    'captions are cut': ('train_captions.json', cut_file('train_captions.json')),
-    'captions are a dict': ('train_captions.json', write('train_captions.json', b'{}')),
-    'caption clip -1': ('train_captions.json', caption(clip=-1)),
-    'caption clip 2 of 2': ('train_captions.json', caption(clip=2)),
-    'caption clip true': ('train_captions.json', caption(clip=True)),
-    'caption without text': ('train_captions.json', caption(text=None)),
-    'caption without tags': ('train_captions.json', caption(tokens='a person')),
-    'caption that UTF-8 cannot say': ('train_captions.json', caption(text='\ud800'))}
+    'captions are a dict': ('train_captions.json', write('train_captions.json', b'{}'))}
 
 
 @pytest.mark.parametrize('what', DAMAGE)
@@ -426,16 +368,17 @@ def test_a_packed_set(tmp_path, what):
 
 
 @pytest.mark.parametrize('change', [
-    lambda ids: ids[:, :-1], lambda ids: ids[..., :1], lambda ids: ids.astype(np.int64),
-    lambda ids: ids - 1, lambda ids: ids + 200, lambda ids: ids.astype('>i2'), np.ravel])
+    lambda ids: ids[:, :-1], lambda ids: ids[..., :1], lambda ids: ids.astype(np.int64), np.ravel])
 def test_cached_tokens(tmp_path, change):
-    """Short ones were clamped: the end of a clip then repeated one token."""
     split = packed(tmp_path)
-    path = tmp_path / 'ids.npy'
-    np.save(path, change(data.cached_tokens(FrameNumbers(), split, path)))
-    sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), 'ids.npy', 'delete it')
-    path.write_bytes(path.read_bytes()[:500])
-    sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), 'ids.npy', 'delete it')
+    path = tmp_path / 'ids.npz'
+    ids = data.cached_tokens(FrameNumbers(), split, path)
+    whole = bytearray(path.read_bytes())
+    np.savez(path, ids=change(ids))
+    sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), 'ids.npz', 'delete it')
+    whole[whole.index(b'NUMPY') + 130] ^= 1   # one bit behind the header
+    path.write_bytes(whole)
+    sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), 'ids.npz', 'delete it')
 
 
 @pytest.mark.parametrize('damage', [
@@ -490,11 +433,6 @@ def set_weight(value):
         checkpoint['model']['encoder.0.weight'][0, 0, 0] = value
 
     return edited(change)
-
-
-def become_folder(path):
-    os.remove(path)
-    os.mkdir(path)
 
 
 def become_pipe(path):
@@ -560,7 +498,7 @@ def test_no_checkpoint_of_nan_is_written(tmp_path):
     before = path.read_bytes()
     for bad in (np.nan, np.inf):
         wrong = {'model': {'a': torch.ones(2), 'b': torch.tensor([1, bad])}}
-        sentence(lambda: runtime.save(wrong, path), str(path), 'b holds NaN')
+        sentence(lambda: runtime.save(wrong, path), str(path), 'b has NaN')
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['x.pt']
 

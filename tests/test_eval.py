@@ -1,5 +1,5 @@
-"""Tests of evaluator.py and train_eval.py. The golden ones need ../shared, which a bare clone does
-not have."""
+"""Tests of lib/evaluator.py and train_eval.py. The golden ones need ../shared, which a bare clone
+does not have."""
 import json
 import os
 import pickle
@@ -46,8 +46,8 @@ def test_golden_network(name):
         motion = ev.encode_motion(z['motion'], z['m_lens'])
     assert (text - z['text_embedding']).abs().max() < 1e-5
     assert (motion - z['motion_embedding']).abs().max() < 1e-5
-    # embed_motion is the same after un-normalizing, for the clip that fills its tensor as 196
-    # frames fill the field's
+    # embed_motion gives the same for raw features, for the clip that fills its tensor, as clips of
+    # 196 frames do in the standard evaluation
     ev.config['max_frames'] = z['motion'].shape[1]
     raw = z['motion'] * ev.std + ev.mean
     embedding = ev.embed_motion(raw, z['m_lens'])
@@ -67,7 +67,7 @@ def test_golden_metrics(name):
 
 
 @golden
-def test_word_lists_are_the_fields():
+def test_word_lists_are_the_standard_ones():
     with open(f'{GOLDEN}/word_tags.json') as f:
         z = json.load(f)
     assert E.TAGS == z['pos_tags']
@@ -90,7 +90,7 @@ def test_order_batching_and_padding_do_not_matter(model):
     assert torch.allclose(model.embed_motion(dirty, lengths), whole, atol=1e-6)
     single = [model.embed_motion([f[:n]], [n]) for f, n in zip(features, lengths)]
     assert torch.allclose(torch.cat(single), whole, atol=1e-6)
-    # and it is the field's way: zeros to 196 frames
+    # the standard evaluation pads with zeros to 196 frames
     x = torch.zeros(1, 196, 23)
     x[0, :20] = torch.from_numpy(features[0, :20])
     assert torch.allclose(model.encode_motion(x, torch.tensor([20])), whole[:1], atol=1e-6)
@@ -125,12 +125,15 @@ def test_zero_std_and_bad_motion(model):
 
 
 def test_save_load_round_trip(model, tmp_path):
-    model.save(tmp_path / 'e.pt', note='x')
+    model.save(tmp_path / 'e.pt', 5, {'ev_steps': 5}, note='x')
     again = Evaluator.load(tmp_path / 'e.pt')
     assert os.listdir(tmp_path) == ['e.pt']
     assert torch.equal(again.embed_text(['run/VERB']), model.embed_text(['run/VERB']))
     x = rand(1, 8, 23)
     assert torch.equal(again.embed_motion(x, [8]), model.embed_motion(x, [8]))
+    model.save(tmp_path / 'e.pt', 4, {'ev_steps': 5})
+    with pytest.raises(UserError, match='e.pt has been trained for 4 of 5 steps'):
+        Evaluator.load(tmp_path / 'e.pt')
     with pytest.raises(UserError, match='no.pt is missing'):
         Evaluator.load(tmp_path / 'no.pt')
     torch.save({'model': 1}, tmp_path / 'other.pt')
@@ -142,7 +145,7 @@ def test_save_load_round_trip(model, tmp_path):
 
 
 def tags_of(words, caption):
-    _, tags, lengths = words.encode([caption])
+    _, tags, lengths = words.embed_captions([caption])
     assert (tags.sum(-1) == 1).all()
     return [E.TAGS[i] for i in tags[0].argmax(-1)[:lengths[0]]]
 
@@ -152,7 +155,7 @@ def test_word_and_tag_rules():
     assert tags_of(words, 'walk/VERB left/ADJ person/NOUN or/CCONJ') == [
         'OTHER', 'Act_VIP', 'Loc_VIP', 'NOUN', 'OTHER', 'OTHER']
     long = ' '.join(f'w{i}/NOUN' for i in range(30))
-    vectors, tags, lengths = words.encode([long, ''])
+    vectors, tags, lengths = words.embed_captions([long, ''])
     assert vectors.shape == (2, 22, 300)
     assert tags.shape == (2, 22, 15)
     assert lengths.tolist() == [22, 2]
@@ -163,7 +166,7 @@ def test_word_and_tag_rules():
     assert np.array_equal(Words().vector('walk'), words.vector('walk'))
     assert Words().vector('walk')[:2] == pytest.approx(HASHED_WALK, abs=1e-6)
     with pytest.raises(UserError, match="'walk'.*no tag"):
-        words.encode(['walk'])
+        words.embed_captions(['walk'])
 
 
 def write_glove(folder, vocabulary=('unk', 'sos', 'eos', 'walk'), index=None):
@@ -183,11 +186,11 @@ def test_glove(tmp_path, monkeypatch):
     write_glove(tmp_path)
     words = Words(str(tmp_path))
     table = np.load('our_vab_data.npy').astype(np.float32)
-    vectors = words.encode(['walk/NOUN zebra/NOUN'])[0][0]
+    vectors = words.embed_captions(['walk/NOUN zebra/NOUN'])[0][0]
     assert np.array_equal(vectors[1], table[3])
     assert np.array_equal(vectors[2], table[0])   # unk's
     assert tags_of(words, 'walk/NOUN zebra/NOUN') == ['OTHER', 'Act_VIP', 'OTHER', 'OTHER']
-    with pytest.raises(UserError, match='300-d'):
+    with pytest.raises(UserError, match='50-d word vectors.*300'):
         Evaluator(np.zeros(23), np.ones(23), words, word_dim=50)
 
     def refuses(sentence):
@@ -257,7 +260,7 @@ def test_official_layout_and_its_errors(tmp_path, monkeypatch):
     refuses('code', lambda p: p.update(movement_encoder=Code()))
     assert not (tmp_path / 'was_executed').exists()
     (tmp_path / 't2m/text_mot_match/model/finest.tar').write_bytes(b'not a checkpoint')
-    refuses('expected a file written by torch.save')
+    refuses('finest.tar cannot be read')
     write_official(tmp_path)
     np.save(tmp_path / 't2m/Comp_v6_KLD005/meta/std.npy', np.ones(20))
     refuses('23')
@@ -355,7 +358,7 @@ def test_small_metrics():
 
 def write_data(folder):
     """Noise in which each of four actions lifts features of its own."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     counts = dict(train=80, val=40, test=40)
     for split, n in counts.items():
@@ -374,31 +377,30 @@ def write_data(folder):
 
 
 def test_train_eval_smoke(tmp_path):
-    write_data(tmp_path / 'data')
+    write_data(tmp_path / 'data' / 'fake')
     out = tmp_path / 'out'
 
-    def run(*settings, name='data', launcher=None):
-        return run_script(tmp_path, 'train_eval.py', '--data=fake', f'--data_dir={name}',
-                          '--out_dir=out', *settings, launcher=launcher)
+    def run(*settings, launcher=None):
+        return run_script(tmp_path, 'train_eval.py', '--out_dir=out', *settings, launcher=launcher)
 
-    code, _, err = run(
-        '--ev_steps=30', '--ev_ae_steps=5', '--ev_batch=32', '--ev_eval_every=15',
-        '--ev_movement=32', '--ev_code=32', '--ev_motion_hidden=32', '--ev_text_hidden=32',
-        '--ev_out=32', '--ev_lr=5e-3')
+    sizes = ['--data=fake', '--ev_steps=30', '--ev_ae_steps=5', '--ev_batch=32',
+             '--ev_eval_every=15', '--ev_movement=32', '--ev_code=32', '--ev_motion_hidden=32',
+             '--ev_text_hidden=32', '--ev_out=32', '--ev_lr=5e-3']
+    code, _, err = run(*sizes)
     assert code == 0, err
-    assert sorted(os.listdir(out)) == ['.evaluator.lock', 'evaluator.json', 'evaluator.pt']
+    files = {'evaluator.json', 'evaluator.pt', 'evaluator_last.pt'}
+    assert files == {name for name in os.listdir(out) if name != '.evaluator.lock'}
     with open(out / 'evaluator.json') as f:
         figures = json.load(f)
     assert figures['r_precision'][2] > 0.7
     assert figures['r_precision'][2] > figures['r_precision_shuffled'][2]
     again = Evaluator.load(out / 'evaluator.pt')
     assert again.embed_text(['walk/VERB']).shape == (1, 32)
-    # the evidence alone, of the evaluator saved before, is the same evidence
-    code, _, err = run('--ev_test_only=True')
+    # resuming a finished run trains no further and measures the same
+    code, _, err = run(*sizes, '--init_from=resume')
     assert code == 0, err
     with open(out / 'evaluator.json') as f:
-        repeated = json.load(f)
-    assert repeated['noise'] == figures['noise']
-    code, _, err = run('--overwrite=True', name='nothing', launcher=PYTHON)
+        assert json.load(f)['r_precision'] == figures['r_precision']
+    code, _, err = run('--data=nothing', '--overwrite=True', launcher=PYTHON)
     assert code == 2
     assert 'prepare_data.py' in err and 'Traceback' not in err

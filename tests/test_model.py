@@ -1,10 +1,9 @@
-"""Tokenizer, transformers and decoding: the reference's outputs, our own invariants, and fast forms
-against plain ones.
+"""Networks, masking and decoding: against the outputs of MoMask's code, against plain formulas, and
+for invariances such as that padding changes nothing.
 
-The golden arrays and checkpoints of the reference code lie in ../shared/golden; those tests skip
-where it is absent.
+MoMask's outputs and small checkpoints in its format are in ../shared/golden. Tests that need them
+are skipped where that folder does not exist.
 """
-import math
 import os
 import pickle
 import shutil
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 import generate
-import masking
 import model
 import momask
 import msd
@@ -30,16 +28,9 @@ from vq import RVQVAE, VQConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(HERE, '..', '..', 'shared', 'golden')
-needs_golden = pytest.mark.skipif(
-    not os.path.isdir(GOLDEN),
-    reason='the arrays of the reference code (../shared/golden) are not here')
-each = pytest.mark.parametrize('data', ['t2m', 'kit'])
+needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason='../shared/golden is missing')
+each_dataset = pytest.mark.parametrize('data', ['t2m', 'kit'])
 SMALL = dict(n_codes=20, code_dim=8, n_quantizers=4, latent=24, n_layers=3, n_heads=3, ff=32)
-
-
-def golden(data, name):
-    with np.load(os.path.join(GOLDEN, data, name + '.npz')) as f:
-        return {k: torch.from_numpy(f[k]) for k in f.files}
 
 
 def root(data):
@@ -55,7 +46,7 @@ def seeded(seed):
 
 
 def texts(B, m=1):
-    """Random condition tokens c (B, m, 512), all of them valid."""
+    """Random condition tokens c (B, m, 512) and role (B, m), all of them valid."""
     return torch.randn(B, m, 512), torch.ones(B, m, dtype=torch.bool)
 
 
@@ -65,8 +56,8 @@ def first_of(n, lengths):
 
 
 def small_mask(**more):
-    return MaskTransformer(ModelConfig(**{**SMALL, 'spectral_attn': True, **more}),
-                           torch.randn(20, 8))
+    config = ModelConfig(**{**SMALL, 'spectral_attn': True, **more})
+    return MaskTransformer(config, torch.randn(20, 8))
 
 
 def small_res():
@@ -79,144 +70,161 @@ def small_vq(**more):
     return RVQVAE(VQConfig(**{**sizes, **more}))
 
 
+@pytest.fixture
+def small():
+    """Masked and residual transformer, c, role, n, valid of four prompts."""
+    torch.manual_seed(3)
+    n = torch.tensor([12, 1, 7, 9])
+    return small_mask().eval(), small_res().eval(), *texts(4), n, first_of(12, n)
+
+
+@pytest.fixture
+def pipe(small):
+    """A Pipeline for motions of at most 12 tokens, with 4 quantizers of 20 codes."""
+    mask, res, *_ = small
+    vq = small_vq(n_codes=20, n_quantizers=4)
+    return Pipeline(vq, mask, res, None, 'hash', dict(max_frames=48))
+
+
+@pytest.fixture(params=[True, False], ids=['logits', 'fused'])
+def forms_logits(request, monkeypatch):
+    """Run a test with both forms of attention: with logits, and with the fused kernel."""
+    for module in (fast, model):
+        monkeypatch.setattr(module, 'forms_logits', lambda x: request.param)
+    return request.param
+
+
 # --------------------------------------------------------------------------------- official weights
 
 
-@needs_golden
-@each
-@torch.no_grad()
-def test_official_tokenizer(data):
-    g = golden(data, 'rvq')
+def official_tokenizer(data, g):
     vq = momask.tokenizer(root(data), data, 'rvq_tiny')
     ids = vq.encode(g['motion'])
-    assert torch.equal(ids, g['ids'])
-    codes = [q.codebook[i].transpose(1, 2) for q, i in zip(vq.quantizers, ids.unbind(-1))]
-    assert worst(torch.stack(codes), g['codes']) < 1e-4
-    assert worst(vq(g['motion'])[0], g['recon']) < 1e-4
-    assert worst(vq.decode(ids), g['from_ids']) < 1e-4
-    assert worst(vq.decode(ids[..., :1]), g['from_base']) < 1e-4
+    codes = [q.codebook[i].mT for q, i in zip(vq.quantizers, ids.unbind(-1))]
+    return dict(ids=ids, codes=torch.stack(codes), recon=vq(g['motion'])[0],
+                from_ids=vq.decode(ids), from_base=vq.decode(ids[..., :1]))
 
 
 def golden_batch(g):
-    """ids, c (B, 1, 512), role, valid of the reference's arrays."""
+    """ids, c (B, 1, 512), role, valid that MoMask's code was given."""
     c = g['cond'][:, None]
     return g['ids'], c, torch.ones(c.shape[:2], dtype=torch.bool), ~g['padding_mask']
 
 
-@needs_golden
-@each
-@torch.no_grad()
-def test_official_mask_transformer(data):
-    g = golden(data, 'mask_transformer')
+def official_mask_transformer(data, g):
     m = momask.mask_transformer(root(data), data, 't2m_tiny')
     ids, c, role, valid = golden_batch(g)
-    assert worst(m(ids, c, role, valid).mT, g['logits']) < 1e-4
-    assert worst(m(ids, c * 0, role, valid).mT, g['logits_uncond']) < 1e-4
-    assert worst(guided(m, 4, ids, c, role, valid).mT, g['logits_cfg4']) < 1e-4
+    return dict(logits=m(ids, c, role, valid).mT,
+                logits_uncond=m(ids, c * 0, role, valid).mT,
+                logits_cfg4=guided(m, 4, ids, c, role, valid).mT)
 
 
-@needs_golden
-@each
-@torch.no_grad()
-def test_official_res_transformer(data):
-    g = golden(data, 'res_transformer')
+def official_res_transformer(data, g):
     m = momask.res_transformer(root(data), data, 'tres_tiny')
-    ids, c, role, valid = golden_batch(g)
-    for q in range(1, ids.shape[-1]):
-        assert worst(m(ids, c, role, valid, q).mT, g[f'logits_q{q}']) < 1e-4
-        assert worst(guided(m, 5, ids, c, role, valid, q=q).mT, g[f'logits_cfg5_q{q}']) < 1e-4
+    batch = golden_batch(g)
+    outputs = {}
+    for q in range(1, m.config.n_quantizers):
+        outputs[f'logits_q{q}'] = m(*batch, q).mT
+        outputs[f'logits_cfg5_q{q}'] = guided(m, 5, *batch, q=q).mT
+    return outputs
 
 
-@needs_golden
-@each
-@torch.no_grad()
-def test_official_length_estimator(data):
-    g = golden(data, 'length_estimator')
-    estimator = momask.length_estimator(root(data), data)
+def official_length_estimator(data, g):
     c = g['text_emb'][:, None]
     role = torch.ones(c.shape[:2], dtype=torch.bool)
-    assert worst(estimator(c, role), g['logits']) < 1e-4
+    return dict(logits=momask.length_estimator(root(data), data)(c, role))
 
 
 @needs_golden
-@each
-def test_official_pipeline_generates(data):
+@each_dataset
+@pytest.mark.parametrize('name, outputs_of', [
+    ('rvq', official_tokenizer),
+    ('mask_transformer', official_mask_transformer),
+    ('res_transformer', official_res_transformer),
+    ('length_estimator', official_length_estimator)])
+@torch.no_grad()
+def test_official_networks_give_the_outputs_of_momask(data, name, outputs_of):
+    with np.load(os.path.join(GOLDEN, data, name + '.npz')) as f:
+        arrays = {key: torch.from_numpy(f[key]) for key in f.files}
+    for key, output in outputs_of(data, arrays).items():
+        assert output.shape == arrays[key].shape
+        assert worst(output, arrays[key]) < 1e-4
+
+
+@needs_golden
+@each_dataset
+def test_official_pipeline(data):
     pipe = generate.official_pipeline(root(data), data)
+    # the checkpoints have no Gram table: it must come from the tokenizer
+    assert pipe.mask.G.any()
+    assert torch.equal(pipe.mask.G, msd.gram(pipe.vq.quantizers[0].codebook))
+
     c, role = texts(3)
     n = torch.tensor([10, 4, 7])
     ids = pipe.generate(c, role, n, steps=4)
     assert torch.equal(ids, pipe.generate(c, role, n, steps=4))
     assert ids.shape == (3, 10, 4)
     motions = pipe.features(ids, n)
-    assert [len(m) for m in motions] == [40, 16, 28]
-    assert all(np.isfinite(m).all() for m in motions)
+    assert [len(motion) for motion in motions] == [40, 16, 28]
+    assert all(np.isfinite(motion).all() for motion in motions)
     lengths = pipe.lengths(c, role)
     assert (lengths >= 1).all()
     assert (lengths <= 49).all()
 
 
 @needs_golden
-@each
-def test_official_pipeline_sees_motion_through_its_codes(data):
-    """The release holds no Gram table: MSD must get it from the tokenizer, not stay at zeros."""
-    pipe = generate.official_pipeline(root(data), data)
-    assert pipe.mask.G.any()
-    assert torch.equal(pipe.mask.G, msd.gram(pipe.vq.quantizers[0].codebook))
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ('touch /tmp/dynmask_test_evil',)
-
-
-@needs_golden
-def test_official_errors_in_words(tmp_path):
+def test_official_files_that_are_missing_or_do_not_belong_together(tmp_path):
     here = str(tmp_path)
-    with pytest.raises(UserError, match='missing'):
-        momask.tokenizer(root('t2m'), 't2m', 'no_such_name')
-    with pytest.raises(UserError, match='missing'):
-        momask.mask_transformer(root('t2m'), 't2m', 'no_such_name')
-    with pytest.raises(UserError, match='expected one'):
+    for load_network in (momask.tokenizer, momask.mask_transformer):
+        with pytest.raises(UserError, match='no_such_name.*missing'):
+            load_network(root('t2m'), 't2m', 'no_such_name')
+    with pytest.raises(UserError, match='0 folders'):
         generate.official_pipeline(here, 't2m')
 
-    other = tmp_path / 't2m' / 't2m_other'
-    os.makedirs(other / 'model')
-    tokenizer = os.path.join(root('t2m'), 't2m/rvq_tiny/model/net_best_fid.tar')
-    shutil.copy(tokenizer, other / 'model' / 'latest.tar')
-    with pytest.raises(UserError, match='expected t2m_transformer'):
-        momask.mask_transformer(here, 't2m')
-    transformer = os.path.join(root('t2m'), 't2m/t2m_tiny/model/latest.tar')
-    shutil.copy(transformer, other / 'model' / 'latest.tar')
-    with pytest.raises(UserError, match='opt.txt cannot be read'):
-        momask.mask_transformer(here, 't2m')
-    (other / 'opt.txt').write_text('n_heads: 5\n')
-    with pytest.raises(UserError, match='vq_name'):
-        momask.mask_transformer(here, 't2m')
-    (other / 'opt.txt').write_text('n_heads: 5\nvq_name: rvq_tiny\n')
-    with pytest.raises(UserError, match='5 heads do not divide its width'):
-        momask.mask_transformer(here, 't2m')
+    folder = tmp_path / 't2m' / 't2m_other'
+    os.makedirs(folder / 'model')
+    for source, opt, fact in (
+            ('rvq_tiny/model/net_best_fid.tar', None, 'latest.tar.*t2m_transformer'),
+            ('t2m_tiny/model/latest.tar', None, 'opt.txt'),
+            ('t2m_tiny/model/latest.tar', 'n_heads: 5\nvq_name: rvq_tiny\n',
+             'latest.tar.*width 36.*5 heads')):
+        shutil.copy(os.path.join(root('t2m'), 't2m', source), folder / 'model' / 'latest.tar')
+        if opt:
+            (folder / 'opt.txt').write_text(opt)
+        with pytest.raises(UserError, match=fact):
+            momask.mask_transformer(here, 't2m')
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
 
 
 @needs_golden
-def test_official_tensors_must_fit(tmp_path):
-    here = str(tmp_path)
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_official_tensors_must_fit_and_no_code_is_run(tmp_path):
     folder = tmp_path / 't2m' / 'len' / 'model'
     os.makedirs(folder)
+    path = folder / 'finest.tar'
     finest = os.path.join(root('t2m'), 't2m/length_estimator/model/finest.tar')
     checkpoint = torch.load(finest, weights_only=True)
     checkpoint['estimator']['output.4.weight'] = torch.zeros(3, 3)
-    torch.save(checkpoint, folder / 'finest.tar')
-    complaint = r'output.4.weight is \(3, 3\), expected \(256, 512\)'
-    with pytest.raises(UserError, match=complaint):
-        momask.length_estimator(here, 't2m', 'len')
-    with open(folder / 'finest.tar', 'wb') as f:
-        pickle.dump({'estimator': Evil()}, f)
-    with pytest.raises(UserError, match='code in it was not run'):
-        momask.length_estimator(here, 't2m', 'len')
-    torch.save({'estimator': Evil()}, folder / 'finest.tar')
-    with pytest.raises(UserError, match='code in it was not run'):
-        momask.length_estimator(here, 't2m', 'len')
-    assert not os.path.exists('/tmp/dynmask_test_evil')
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r'output.4.weight.*\(3, 3\).*\(256, 512\)'):
+        momask.length_estimator(str(tmp_path), 't2m', 'len')
+
+    created = tmp_path / 'created'
+    entries = {'estimator': Malicious(created)}
+    for write in (torch.save, lambda entries, path: path.write_bytes(pickle.dumps(entries))):
+        write(entries, path)
+        with pytest.raises(UserError, match='finest.tar cannot be read'):
+            momask.length_estimator(str(tmp_path), 't2m', 'len')
+        assert not created.exists()
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -239,7 +247,7 @@ def test_vq_shapes_and_straight_through():
     assert worst(vq(x, torch.tensor(1))[0], vq.decode(ids[..., :1])) < 1e-5
 
 
-def test_vq_ema_follows_the_data_and_dead_codes_move():
+def test_dead_codes_move_to_the_data():
     vq = small_vq(n_quantizers=1, code_dim=4)
     g = seeded(0)
     centres = torch.randn(8, 4) * 5
@@ -252,7 +260,7 @@ def test_vq_ema_follows_the_data_and_dead_codes_move():
     assert (torch.cdist(centres, quantizer.codebook).min(1).values < 0.05).all()
 
 
-def test_vq_zero_variance_features_do_not_blow_up():
+def test_features_of_zero_variance_stay_small():
     std = torch.ones(263)
     std[50:60] = 0
     vq = RVQVAE(small_vq().config, torch.zeros(263), std)
@@ -262,7 +270,7 @@ def test_vq_zero_variance_features_do_not_blow_up():
     assert vq.denormalize(x).abs().max() < 1e-3
 
 
-def test_vq_padding_does_not_touch_a_motion():
+def test_features_do_not_depend_on_padding():
     vq = small_vq()
     vq.init_codebooks(torch.randn(4, 32, 263), seeded(0))
     ids = torch.randint(16, (3, 10, 3))
@@ -277,7 +285,7 @@ def test_vq_padding_does_not_touch_a_motion():
 
 
 def plain_rotated(x, place):
-    """RoPE as its paper writes it: pairs of dimensions as complex numbers, times e^(i t theta)."""
+    """RoPE as published: pairs of dimensions as complex numbers, multiplied by e^(i t theta)."""
     d = x.shape[-1]
     theta = torch.tensor([100.0 ** (-2 * i / d) for i in range(d // 2)])
     pairs = torch.complex(x[..., :d // 2], x[..., d // 2:])
@@ -322,78 +330,49 @@ def plain_attention(layer, x, valid, phi, seen, front=1, place=None):
 @pytest.mark.parametrize('fusion', ['zscore', 'rescaled'])
 @pytest.mark.parametrize('rotary', [False, True])
 @pytest.mark.parametrize('seed', range(5))
-@torch.no_grad()
-def test_motion_aware_attention_equals_plain(fusion, rotary, seed, monkeypatch):
+def test_motion_aware_attention_equals_plain(fusion, rotary, seed, forms_logits, monkeypatch):
+    """The whole masked transformer, with either form of attention, has the logits and gradients
+    that it has with `plain_attention`."""
     torch.manual_seed(seed)
-    config = ModelConfig(**SMALL, spectral_attn=True, fusion=fusion, dropout=0.0, window=6)
-    layer = Attention(config, 1)
+    m = small_mask(fusion=fusion, rotary=rotary, dropout=0.0, window=6, alpha0=0.5)
     B, n = 4, 21
     valid = first_of(n, torch.randint(2, n + 1, (B,)))
-    ids = torch.where(torch.rand(B, n) < 0.3, 20, torch.randint(20, (B, n)))
-    f, seen = msd.spectrum(ids, msd.gram(torch.randn(20, 8)), (ids < 20) & valid, 6)
+    ids = torch.where(torch.rand(B, n) < 0.3, m.MASK, torch.randint(20, (B, n)))
+    ids = torch.where(valid, ids, m.PAD)
+    c, role = texts(B)
+    widths = set()
+    for layer in m.trunk.layers:
+        layer.attn.in_proj.weight.data *= 3   # as sharp as after training
+        layer.attn.register_forward_pre_hook(
+            lambda _, inputs: widths.add(inputs[3][0].shape[-1]))
+
+    def logits_and_gradients():
+        m.zero_grad()
+        logits = m(ids, c, role, valid)[valid]
+        F.cross_entropy(logits, ids[valid] % 20).backward()
+        return logits, {name: p.grad.clone() for name, p in m.named_parameters()}
+
+    logits, gradients = logits_and_gradients()
+    assert widths == {n + 1 if forms_logits else 8}   # z(S), or W + 2 dimensions
+
+    f, seen = m.spectrum(ids)
     phi = msd.descriptor(f)
-    x = torch.randn(B, n + 1, 24) * 3
-    full = F.pad(valid, (1, 0), value=True)
-    pad = torch.zeros(B, n + 1).masked_fill(~full, -torch.inf)[:, None, None]
     place = torch.arange(n + 1) if rotary else None
-    table = model.rotary_table(n + 1, 8) if rotary else None
-    expected = plain_attention(layer, x, full, phi, seen, place=place)
-    for short in (True, False):   # logits formed, and dimensions appended for the fused kernel
 
-        def forms_logits(x):
-            return short
+    def plain_forward(layer, x, valid, pad, prior, rotary):
+        return plain_attention(layer, x, valid, phi, seen, place=place)
 
-        monkeypatch.setattr(fast, 'forms_logits', forms_logits)
-        monkeypatch.setattr(model, 'forms_logits', forms_logits)
-        prior = fast.spread_prior(*msd.prior_qk(phi, seen & valid), full, x, head=8)
-        assert prior[0].shape[-1] == (n + 1 if short else 8)   # z(S), or W + 2 dimensions
-        assert worst(layer(x, full, pad, prior, table)[full], expected[full]) < 1e-5
-
-
-def losses_of_six_steps(fusion):
-    torch.manual_seed(4)
-    m = small_mask(fusion=fusion, dropout=0.0, alpha0=0.5).train()
-    optimizer = torch.optim.AdamW(m.parameters(), 1e-3)
-    losses = []
-    for _ in range(6):
-        ids = torch.randint(20, (6, 15))
-        c, role = texts(6)
-        valid = first_of(15, torch.randint(2, 16, (6,)))
-        masked, chosen = mask_tokens(m, ids, c, valid)
-        loss = m(masked, c, role, valid, targets=torch.where(chosen, ids, -100))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return np.array(losses)
-
-
-@pytest.mark.parametrize('fusion', ['zscore', 'rescaled'])
-def test_same_losses_as_plain_training(fusion, monkeypatch):
-    """Six training steps with the closed forms and six with Eq 13 written out: the same losses,
-    to rounding."""
-    fast_losses = losses_of_six_steps(fusion)
-    spectrum = MaskTransformer.spectrum
-    last = {}
-
-    def remember(self, ids):
-        last['f'], last['seen'] = spectrum(self, ids)
-        return last['f'], last['seen']
-
-    def forward(self, x, valid, pad, prior, rotary):
-        return plain_attention(self, x, valid, msd.descriptor(last['f']), last['seen'])
-
-    monkeypatch.setattr(MaskTransformer, 'spectrum', remember)
-    monkeypatch.setattr(Attention, 'forward', forward)
-    plain_losses = losses_of_six_steps(fusion)
-    assert np.abs(fast_losses - plain_losses).max() < 1e-4
-    assert fast_losses[0] != fast_losses[1]
+    monkeypatch.setattr(Attention, 'forward', plain_forward)
+    plain_logits, plain_gradients = logits_and_gradients()
+    assert worst(logits, plain_logits) < 1e-5
+    for name, gradient in gradients.items():
+        assert worst(gradient, plain_gradients[name]) < 1e-5
 
 
 @torch.no_grad()
-def test_rotary_logits_know_only_distance():
-    """What a query makes of a key is the same wherever the two are, as far apart; and another where
-    they are further apart. Text, whatever there is of it, has place 0."""
+def test_rotary_logits_depend_on_distance_only():
+    """The logit of a query and a key depends on their distance, not on their places. All text
+    tokens have place 0, however many there are."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     table = model.rotary_table(30, 8)
@@ -417,11 +396,11 @@ def test_rotary_logits_know_only_distance():
 
 @torch.no_grad()
 def test_embedding_reads_neighbours():
-    """Before the layers a token depends on the two on either side and on no others, nor on
-    padding."""
+    """With neighbours=2 the input of the layers at a token depends on the two tokens on either
+    side, and never on padding."""
     torch.manual_seed(0)
     trunk = small_mask(neighbours=2, spectral_attn=False).trunk.eval()
-    trunk.layers = torch.nn.ModuleList()   # what they are given
+    trunk.layers = torch.nn.ModuleList()   # so that the trunk returns their input
     x, valid = torch.randn(1, 9, 8), first_of(9, [7])
     text = torch.zeros(1, 1, 24), torch.ones(1, 1, dtype=torch.bool)
     before = trunk(x, valid, *text)
@@ -436,8 +415,8 @@ def test_embedding_reads_neighbours():
 
 
 def test_initial_weights():
-    """Token embeddings start as standardised code vectors, or small and random as in the reference;
-    attention as in torch."""
+    """Token embeddings start as standardized code vectors, or small and random as in MoMask, and
+    attention as nn.MultiheadAttention."""
     torch.manual_seed(0)
     codebook = torch.randn(20, 8) * 3 + 1
     m = MaskTransformer(ModelConfig(**SMALL), codebook)
@@ -458,7 +437,7 @@ def test_initial_weights():
 
 
 @torch.no_grad()
-def test_all_off_is_a_plain_transformer():
+def test_block_without_a_prior_is_a_torch_layer():
     """With spectral attention off a block is nn.TransformerEncoderLayer with the same weights."""
     torch.manual_seed(0)
     block = small_mask(spectral_attn=False).eval().trunk.layers[0]
@@ -476,58 +455,53 @@ def test_all_off_is_a_plain_transformer():
     assert worst(block(x, valid, pad)[valid], expected[valid]) < 1e-5
 
 
-@pytest.mark.parametrize('spectral', [False, True])
-@torch.no_grad()
-def test_padding_changes_nothing(spectral):
-    torch.manual_seed(1)
-    m = small_mask(spectral_attn=spectral, fusion='zscore', rotary=True, neighbours=2).eval()
-    ids = torch.randint(21, (3, 12))
-    c, role = texts(3)
-    valid = first_of(12, [12, 5, 8])
-    padded = torch.where(valid, ids, m.PAD)
-    garbage = torch.where(valid, ids, torch.randint(20, (3, 12)))
-    logits = m(padded, c, role, valid)
-    repadded = torch.where(valid, garbage, m.PAD)
-    assert worst(logits[valid], m(repadded, c, role, valid)[valid]) < 1e-6
-    alone = m(padded[1:2, :5], c[1:2], role[1:2], valid[1:2, :5])
-    assert worst(logits[1, :5], alone[0]) < 1e-5
-    # ids behind an end need not even be [PAD]
-    assert worst(m(garbage, c, role, valid)[valid], logits[valid]) < 1e-6
+def network_logits(kind):
+    """-> a function of ids (B, n, 4), c, role, valid that returns logits (B, n, ...)."""
+    if kind == 'residual':
+        r = small_res().eval()
+
+        def residual(ids, *rest):
+            return torch.cat([r(ids, *rest, q) for q in (1, 2, 3)], -1)
+
+        return residual
+
+    more = dict(spectral_attn=False) if kind == 'plain' else dict(fusion=kind)
+    m = small_mask(rotary=True, neighbours=2, **more).eval()
+
+    def masked(ids, *rest):
+        base = ids[..., 0].clone()
+        base[:, ::3] = m.MASK
+        return m(base, *rest)
+
+    return masked
 
 
+@pytest.mark.parametrize('kind', ['plain', 'zscore', 'rescaled', 'residual'])
 @torch.no_grad()
-def test_residual_padding_changes_nothing():
+def test_padding_changes_nothing(kind, forms_logits):
+    """Neither tokens behind the end of a motion nor condition tokens with role 0 have an effect.
+    The order of the condition tokens has."""
     torch.manual_seed(1)
-    r = small_res().eval()
-    c, role = texts(3)
+    logits = network_logits(kind)
     valid = first_of(12, [12, 5, 8])
     ids = torch.randint(20, (3, 12, 4))
-    other = torch.where(valid[..., None], ids, torch.randint(20, (3, 12, 4)))
-    for q in (1, 2, 3):
-        logits = r(ids, c, role, valid, q)
-        assert worst(logits[valid], r(other, c, role, valid, q)[valid]) < 1e-6
-    assert worst(r(ids, c, role, valid), r(other, c, role, valid)) < 1e-6
+    c, role = texts(3, m=4)
+    role[:, 3] = False
+    expected = logits(ids, c, role, valid)
+    other_ids = torch.where(valid[..., None], ids, torch.randint(20, (3, 12, 4)))
+    assert worst(logits(other_ids, c, role, valid)[valid], expected[valid]) < 1e-6
+    alone = logits(ids[1:2, :5], c[1:2], role[1:2], valid[1:2, :5])
+    assert worst(alone[0], expected[1, :5]) < 1e-5
 
-
-@pytest.mark.parametrize('short', [True, False])
-@torch.no_grad()
-def test_invalid_condition_tokens_change_nothing(short, monkeypatch):
-    torch.manual_seed(1)
-    monkeypatch.setattr(fast, 'forms_logits', lambda x: short)
-    monkeypatch.setattr(model, 'forms_logits', lambda x: short)
-    m = small_mask().eval()
-    r = small_res().eval()
-    ids = torch.randint(20, (3, 12, 4))
-    valid = first_of(12, [12, 5, 8])
-    c, role = texts(3, m=3)
-    one = c[:, :1], role[:, :1]
-    three = c, role & torch.tensor([True, False, False])
-    base = torch.where(torch.rand(3, 12) < 0.5, m.MASK, ids[..., 0])
-    assert worst(m(base, *one, valid)[valid], m(base, *three, valid)[valid]) < 1e-5
-    assert worst(m(base, *one, valid)[valid], m(base, c, role, valid)[valid]) > 1e-4
-    for q in (1, 2, 3):
-        assert worst(r(ids, *one, valid, q)[valid], r(ids, *three, valid, q)[valid]) < 1e-5
-        assert worst(r(ids, *one, valid, q)[valid], r(ids, c, role, valid, q)[valid]) > 1e-4
+    other_c = torch.cat([c[:, :3], torch.randn(3, 1, 512)], 1)
+    assert worst(logits(ids, other_c, role, valid)[valid], expected[valid]) < 1e-6
+    for m in (1, 3):   # fewer condition tokens are the same as invalid ones
+        shorter = logits(ids, c[:, :m], role[:, :m], valid)
+        hidden = logits(ids, c, role & (torch.arange(4) < m), valid)
+        assert worst(shorter[valid], hidden[valid]) < 1e-5
+    for changed in (logits(ids, c, torch.ones_like(role), valid),
+                    logits(ids, c[:, [0, 2, 1, 3]], role, valid)):
+        assert worst(changed[valid], expected[valid]) > 3e-5
 
 
 @torch.no_grad()
@@ -555,8 +529,10 @@ def test_residual_layers_cycle_over_rows(monkeypatch):
             assert torch.equal(passed['targets'][i], expected)
         expected = F.cross_entropy(passed['logits'].flatten(0, 1), passed['targets'].flatten())
         assert worst(loss, expected) < 1e-5
+        other = torch.where(valid[..., None], ids, torch.randint(20, ids.shape))
+        assert worst(r(other, c, role, valid, None, row0), loss) < 1e-6
     changed = ids.clone()
-    changed[..., 2:] = 0   # layers from q on are never looked at
+    changed[..., 2:] = 0   # layers from q on are not used
     assert worst(r(ids, c, role, valid, 2), r(changed, c, role, valid, 2)) == 0
 
 
@@ -572,7 +548,7 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     logits = m(masked, c, role, valid)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert worst(m(masked, c, role, valid, targets), expected) < 1e-5
-    # several ranks share a batch: each divides by the number of targets of all of them
+    # ranks that share a batch divide by the number of targets of the whole batch
     shared = m(masked, c, role, valid, targets, n_targets=2 * chosen.sum())
     assert worst(shared, expected / 2) < 1e-5
 
@@ -582,7 +558,7 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert worst(estimator(c, role, lengths), expected) < 1e-6
 
 
-def test_dropout_keeps_mean_and_share():
+def test_dropout_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(1001, 997)
     y = dropout(x, 0.2, True)
@@ -606,11 +582,10 @@ def test_learned_embedding_feeds_msd_without_gradient():
 
 # ------------------------------------------------------------------------------------------ masking
 
-mask_by_each = pytest.mark.parametrize('mask_by', ['random', 'msd', 'velocity'])
 
-
-@mask_by_each
+@pytest.mark.parametrize('mask_by', ['random', 'msd', 'velocity'])
 def test_mask_tokens(mask_by):
+    """As many tokens are chosen as asked for, and 80% of them become [MASK], 10% a random code."""
     m = small_mask()
     g = seeded(0)
     ids = torch.randint(20, (400, 30))
@@ -624,32 +599,15 @@ def test_mask_tokens(mask_by):
     kept = (out[chosen] == ids[chosen]).float().mean()
     assert abs(masked - 0.8) < 0.02
     assert abs(kept - (0.1 + 0.1 / 20)) < 0.02
-    _, chosen = mask_tokens(m, ids, c, valid, mask_by, 0.6, g)
-    assert torch.equal(chosen.sum(1), (0.6 * valid.sum(1)).round().clamp(min=1).long())
-
-
-@mask_by_each
-@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
-def test_exactly_K_tokens_are_chosen(mask_by, share):
-    ids = torch.randint(20, (50, 30))
-    c, _ = texts(50)
-    valid = first_of(30, torch.randint(1, 31, (50,)))
-    K = (share * valid.sum(1)).round().clamp(min=1).long()
-    chosen = masking.choose(small_mask(), ids, c, valid, K, mask_by, noise=0.5, cfs_share=0.5,
-                            generator=seeded(0))
-    assert torch.equal(chosen.sum(1), K)
-    assert not (chosen & ~valid).any()
+    for share in (0.0, 0.4, 0.6, 1.0):
+        K = (share * valid.sum(1)).round().clamp(min=1).long()
+        for how in ({}, dict(noise=0.5, cfs_share=0.5)):
+            _, chosen = mask_tokens(m, ids, c, valid, mask_by, share, g, **how)
+            assert torch.equal(chosen.sum(1), K)
+            assert not (chosen & ~valid).any()
 
 
 # ----------------------------------------------------------------------------------------- decoding
-
-
-@pytest.fixture
-def small():
-    """mask and residual transformer, c, role, n, valid of four prompts."""
-    torch.manual_seed(3)
-    n = torch.tensor([12, 1, 7, 9])
-    return small_mask().eval(), small_res().eval(), *texts(4), n, first_of(12, n)
 
 
 @pytest.mark.parametrize('das_sampling', [False, True])
@@ -657,140 +615,116 @@ def small():
 def test_generate(das_sampling, msd_decode, small):
     m, r, c, role, n, valid = small
 
-    def make(seed):
-        return generate_base(m, c, role, n, das_sampling=das_sampling, msd_decode=msd_decode,
-                             generator=seeded(seed))
+    def make(seed, **more):
+        ids = generate_base(m, c, role, n, das_sampling=das_sampling, msd_decode=msd_decode,
+                            generator=seeded(seed), **more)
+        assert (ids[valid] >= 0).all()
+        assert (ids[valid] < 20).all()
+        assert (ids[~valid] == m.PAD).all()
+        return ids
 
     ids = make(0)
     assert torch.equal(ids, make(0))
     assert not torch.equal(ids, make(1))
-    assert (ids[valid] < 20).all()
-    assert (ids[~valid] == m.PAD).all()
+    make(0, steps=1)
+    make(0, anneal=1.0)
+    if not das_sampling:   # with one code of 20 to sample from, the seed has no effect
+        assert torch.equal(make(0, top_share=0.05), make(1, top_share=0.05))
+
     full = generate_residual(r, ids, c, role, n, generator=seeded(0))
     assert full.shape == (4, 12, 4)
     assert torch.equal(full[..., 0][valid], ids[valid])
     assert (full < 20).all()
     assert (full[~valid] == 0).all()
-    assert (generate_base(m, c, role, n, steps=1, das_sampling=das_sampling)[valid] < 20).all()
 
 
 @pytest.mark.parametrize('das_sampling', [False, True])
-@pytest.mark.parametrize('given', [5, 12])
-def test_known_tokens_stay(das_sampling, given, small):
-    m, _, c, role, n, valid = small
-    known = torch.randint(20, (4, 12))
-    known[:, given:] = -1   # with 12 everything is given
-    ids = generate_base(m, c, role, n, known, das_sampling=das_sampling, generator=seeded(0))
-    kept = valid & (known >= 0)
+@pytest.mark.parametrize('given', ['all', 'the start', 'all but gaps', 'nothing'])
+def test_known_tokens_stay(das_sampling, given, pipe, small):
+    *_, c, role, n, valid = small
+    known = torch.randint(20, (4, 12, 4))
+    if given == 'the start':
+        known[:, 5:] = -1
+    if given == 'all but gaps':
+        known[:, 1::3] = -1
+        known[0] = -1
+    if given == 'nothing':
+        known[:] = -1
+
+    def make(seed, known=known):
+        return pipe.generate(c, role, n, seed, known, das_sampling=das_sampling)
+
+    ids = make(0)
+    kept = valid[..., None] & (known >= 0)
     assert torch.equal(ids[kept], known[kept])
     assert (ids[valid] >= 0).all()
     assert (ids[valid] < 20).all()
-    assert (ids[~valid] == m.PAD).all()
-    other = generate_base(m, c, role, n, known, das_sampling=das_sampling, generator=seeded(1))
-    assert torch.equal(ids, other) == (given == 12)
+    assert (ids[~valid] == 0).all()
+    assert torch.equal(ids, make(1)) == (given == 'all')
+    assert torch.equal(ids, make(0, None)) == (given == 'nothing')
 
 
-def test_known_gaps_are_filled(small):
-    m, _, c, role, n, valid = small
-    known = torch.randint(20, (4, 12))
-    known[:, 1::3] = -1
-    known[0] = -1   # one row wants everything
-    ids = generate_base(m, c, role, n, known, generator=seeded(0))
-    kept = valid & (known >= 0)
-    assert torch.equal(ids[kept], known[kept])
-    assert (ids[valid] < 20).all()
-    nothing_known = torch.full_like(known, -1)
-    free = generate_base(m, c, role, n, nothing_known, generator=seeded(0))
-    assert torch.equal(free, generate_base(m, c, role, n, generator=seeded(0)))
-
-
-def test_anneal_and_top_share(small):
-    m, _, c, role, n, valid = small
-    ids = generate_base(m, c, role, n, anneal=1.0, generator=seeded(0))
-    assert (ids[valid] < 20).all()
-    assert (ids[~valid] == m.PAD).all()
-
-    def greedy(seed):   # one code of 20 can be drawn: nothing is left to chance
-        return generate_base(m, c, role, n, das_sampling=False, top_share=0.05,
-                             generator=seeded(seed))
-
-    assert torch.equal(greedy(0), greedy(1))
-
-
-def test_number_of_residual_layers(small):
-    m, r, c, role, n, valid = small
-    meta = dict(max_frames=48)
-    pipe = Pipeline(small_vq(n_codes=20, n_quantizers=4), m, r, None, 'hash', meta)
-    base_only = Pipeline(pipe.vq, m, None, None, 'hash', meta).generate(c, role, n)
+def test_number_of_residual_layers(pipe, small):
+    *_, c, role, n, valid = small
+    base_only = Pipeline(pipe.vq, pipe.mask, None, None, 'hash', pipe.meta).generate(c, role, n)
     full = pipe.generate(c, role, n)
     assert full.shape == (4, 12, 4)
     assert base_only.shape == (4, 12, 1)
+    assert torch.equal(base_only[valid], full[valid][:, :1])
     for res_layers in (0, 1, 3):
         ids = pipe.generate(c, role, n, res_layers=res_layers)
         assert torch.equal(ids, full[..., :1 + res_layers])
         assert [len(motion) for motion in pipe.features(ids, n)] == [48, 4, 28, 36]
-    assert torch.equal(base_only[valid], full[valid][:, :1])
     with pytest.raises(UserError, match='no length estimator'):
         pipe.lengths(c, role)
 
 
-class TestEditing:
-    @pytest.fixture
-    def pipe(self, small):
-        m, r, *_ = small
-        return Pipeline(small_vq(n_codes=20, n_quantizers=4), m, r, None, 'hash',
-                        dict(max_frames=48))
+@pytest.mark.parametrize('n, spans', [
+    (12, [(2, 4), (8, 12)]),
+    (60, [(1, 3), (30, 36), (59, 60)])])   # longer than the model's 12 tokens
+def test_edit_changes_the_spans_only(n, spans, pipe):
+    ids = torch.randint(20, (n, 4))
+    inside = torch.zeros(n, dtype=torch.bool)
+    for first, end in spans:
+        inside[first:end] = True
 
-    def test_only_the_span_changes(self, pipe):
-        ids = torch.randint(20, (12, 4))
-        spans = [(2, 4), (8, 12)]
-        inside = torch.tensor([2, 3, 8, 9, 10, 11])
-        made = pipe.edit(ids, spans, 'a person jumps', seed=1)
-        changed = (made != ids).any(-1).nonzero()[:, 0]
-        assert len(changed) and set(changed.tolist()) <= set(inside.tolist())
-        assert 0 <= made.min() and made.max() < 20
-        assert not torch.equal(made, pipe.edit(ids, spans, 'a person jumps', seed=2))
-        base = pipe.edit(ids, spans, 'a person jumps', res_layers=0)
-        assert base.shape == (12, 1)
+    def make(seed, **more):
+        return pipe.edit(ids, spans, 'a person jumps', seed, **more)
 
-    def test_everything_known_stays(self, pipe, small):
-        *_, c, role, n, valid = small
-        known = torch.randint(20, (4, 12, 4))
-        ids = pipe.generate(c, role, n, known=known)
-        assert torch.equal(ids[valid], known[valid])
-        nothing = torch.full_like(known, -1)
-        assert torch.equal(pipe.generate(c, role, n, known=nothing),
-                           pipe.generate(c, role, n))
+    edited = make(1)
+    assert torch.equal(edited[~inside], ids[~inside])
+    assert not torch.equal(edited, ids)
+    assert edited.min() >= 0
+    assert edited.max() < 20
+    assert not torch.equal(edited, make(2))
+    assert make(1, res_layers=0).shape == (n, 1)
 
-    def test_the_text_decides(self, pipe):
-        ids = torch.randint(20, (12, 4))
-        jumps, kicks = (pipe.edit(ids, [(0, 12)], text, top_share=0.05, res_layers=0,
-                                  cond_scale=20.0) for text in ('a person jumps', 'he kicks'))
-        assert not torch.equal(jumps, kicks)
 
-    def test_longer_than_the_model(self, pipe):
-        ids = torch.randint(20, (60, 4))
-        made = pipe.edit(ids, [(1, 3), (30, 36), (59, 60)], 'a person jumps')
-        outside = [*range(1), *range(3, 30), *range(36, 59)]
-        assert torch.equal(made[outside], ids[outside])
-        with pytest.raises(UserError, match='48 frames are to be filled in one piece'):
-            pipe.edit(ids, [(10, 22)], 'a person jumps')
+def test_edit_follows_the_text_and_refuses_long_spans(pipe):
+    def edit(n, span, text):
+        return pipe.edit(torch.zeros(n, 4, dtype=torch.long), [span], text, top_share=0.05,
+                         res_layers=0, cond_scale=20.0)
 
-    def test_join(self, pipe):
-        parts = [torch.randint(20, (n, 4)) for n in (9, 1, 30, 12)]
-        texts = ['walks', 'jumps', 'sits', 'bows']
-        made = pipe.join(parts, texts, overlap=2)
-        plain = torch.cat(parts)
-        kept = [*range(7), *range(12, 38), *range(42, 52)]
-        assert made.shape == plain.shape
-        assert torch.equal(made[kept], plain[kept])
-        assert not torch.equal(made, plain)
-        assert torch.equal(pipe.join(parts[:1], texts[:1]), parts[0])
+    assert not torch.equal(edit(12, (0, 12), 'a person jumps'), edit(12, (0, 12), 'he kicks'))
+    with pytest.raises(UserError, match='48 frames'):
+        edit(60, (10, 22), 'a person jumps')
+
+
+def test_join(pipe):
+    parts = [torch.randint(20, (n, 4)) for n in (9, 1, 30, 12)]
+    texts = ['walks', 'jumps', 'sits', 'bows']
+    joined = pipe.join(parts, texts, overlap=2)
+    plain = torch.cat(parts)
+    kept = [*range(7), *range(12, 38), *range(42, 52)]
+    assert joined.shape == plain.shape
+    assert torch.equal(joined[kept], plain[kept])
+    assert not torch.equal(joined, plain)
+    assert torch.equal(pipe.join(parts[:1], texts[:1]), parts[0])
 
 
 def test_one_graph_for_all_steps_and_lengths():
-    """Hot paths compile without graph breaks, and a new length within one padded width is no new
-    graph."""
+    """Networks compile without graph breaks, and motions of other lengths, padded to the same
+    width, do not compile again."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     graphs = []
@@ -825,7 +759,7 @@ def test_one_graph_for_all_steps_and_lengths():
     assert len(graphs) == before + 1
 
 
-def test_sample_draws_the_softmax_of_the_top_tenth():
+def test_sample_is_the_softmax_of_the_top_tenth():
     g = seeded(0)
     x = torch.randn(512).mul(2)
     ids = sample(x.expand(40000, 1, 512), 0.1, 0.7, g)
@@ -833,82 +767,6 @@ def test_sample_draws_the_softmax_of_the_top_tenth():
     assert set(ids.unique().tolist()) <= set(code.tolist())
     share = torch.bincount(ids[:, 0], minlength=512)[code] / 40000
     assert worst(share, (top / 0.7).softmax(0)) < 0.01
-
-
-# -------------------------------------------------------------------------------------- text, files
-
-
-def test_hashed_text_is_stable_and_knows_order():
-    captions = ['a person walks then kicks', 'a person kicks then walks',
-                'A person walks, then kicks.']
-    c, role = text.caption_vectors(captions, 'hash')
-    assert c.shape == (3, 1, 512)
-    assert role.shape == (3, 1)
-    assert role.all()
-    a, b, again = c[:, 0]
-    assert torch.equal(a, again)
-    assert worst(a, b) > 0.1
-    assert abs(a.norm() - 512 ** 0.5) < 1e-3
-    alone, _ = text.caption_vectors(captions[:1], 'hash')
-    assert torch.equal(alone[0, 0], a)
-
-
-def test_clauses():
-    def clauses(caption):
-        return text.clauses(caption)
-
-    assert clauses('a person walks forward, then kicks with the left leg') == [
-        'a person walks forward', 'kicks with the left leg']
-    assert clauses('he turns around and, after that, sits down before waving.') == [
-        'he turns around', 'sits down', 'waving']
-    assert clauses('First she runs; finally she stands') == ['she runs', 'she stands']
-    assert clauses('a thenar andante') == ['a thenar andante']   # words, not parts of words
-    assert clauses(' , and then!') == []
-    _, index, _ = text.encode_captions(['walks, ' * 100], 'hash', 'clauses')
-    assert index.shape == (1, 1 + text.MOST_TOKENS)
-
-
-@pytest.mark.parametrize('mode', ['sentence', 'clauses'])
-def test_condition_tokens(mode):
-    """The sentence comes first whatever follows; what captions share is kept once."""
-    captions = ['a man walks, then jumps', 'a man walks', 'jumps']
-    vectors, index, role = text.encode_captions(captions, 'hash', mode)
-    c, _ = text.caption_vectors(captions, 'hash', mode)
-    assert torch.equal(c, vectors[index])
-    assert torch.equal(role > 0, index > 0)
-    sentences, _ = text.caption_vectors(captions, 'hash')
-    assert torch.equal(c[:, :1], sentences)
-    assert not vectors[0].any()
-    expected = {'sentence': [1, 1, 1], 'clauses': [3, 2, 2]}[mode]
-    assert role.sum(1).tolist() == expected
-    unique = {'sentence': 3, 'clauses': 3}[mode]
-    assert len(vectors) == 1 + unique
-    if mode == 'clauses':
-        assert index[0, 2] == index[2, 0]   # "jumps" is a clause here, and a sentence there
-
-
-def test_hashed_words_may_be_inflected():
-    def vector(caption):
-        return text.caption_vectors([caption], 'hash')[0][0, 0]
-
-    assert torch.equal(vector('a person jogs'), vector('the person is jogging'))
-    assert torch.equal(vector('raises arms'), vector('raising his arms'))
-    assert worst(vector('a person jogs'), vector('a person jumps')) > 0.1
-
-
-def test_order_of_clauses_matters_and_padding_does_not(small):
-    m, _, _, _, _, valid = small
-    ids = torch.randint(20, valid.shape)
-    c = torch.randn(4, 4, 512)
-    role = torch.tensor([True, True, True, False]).expand(4, 4)
-    with torch.no_grad():
-        out = m(ids, c, role, valid)
-        swapped = m(ids, c[:, [0, 2, 1, 3]], role, valid)
-        other = m(ids, torch.cat([c[:, :3], torch.randn(4, 1, 512)], 1), role, valid)
-        shorter = m(ids, c[:, :3], role[:, :3], valid)
-    assert worst(out[valid], swapped[valid]) > 1e-4
-    assert worst(out[valid], other[valid]) < 1e-6
-    assert worst(out[valid], shorter[valid]) < 1e-5
 
 
 @pytest.mark.parametrize('spectral', [False, True])
@@ -924,8 +782,7 @@ def test_guidance_at_scale_1_is_the_conditional_pass(spectral):
     assert worst(guided(m, 4, ids, c, role, valid, spectrum)[valid], both[valid]) > 1e-3
 
 
-def test_guidance_without_text_knows_nothing_of_its_clauses(small):
-    """Two prompts with 1 and 3 clauses have one unconditional half."""
+def test_unconditional_logits_do_not_depend_on_the_number_of_clauses(small):
     m = small[0]
     n = torch.tensor([8, 8])
     c = torch.randn(2, 4, 512)
@@ -945,21 +802,76 @@ def test_guidance_without_text_knows_nothing_of_its_clauses(small):
     assert worst(cond[0], cond[1]) > 1e-3
 
 
+# -------------------------------------------------------------------------------------- text, files
+
+
+def test_hashed_text():
+    """The vector of a caption depends on the order of its words, not on punctuation, inflection or
+    other captions."""
+    def vector(caption):
+        return text.caption_vectors([caption], 'hash')[0][0, 0]
+
+    captions = ['a person walks then kicks', 'a person kicks then walks',
+                'A person walks, then kicks.']
+    c, role = text.caption_vectors(captions, 'hash')
+    assert c.shape == (3, 1, 512)
+    assert role.shape == (3, 1)
+    assert role.all()
+    walks, kicks, again = c[:, 0]
+    assert torch.equal(walks, again)
+    assert torch.equal(walks, vector(captions[0]))
+    assert worst(walks, kicks) > 0.1
+    assert abs(walks.norm() - 512 ** 0.5) < 1e-3
+    assert torch.equal(vector('a person jogs'), vector('the person is jogging'))
+    assert torch.equal(vector('raises arms'), vector('raising his arms'))
+    assert worst(vector('a person jogs'), vector('a person jumps')) > 0.1
+
+
+def test_clauses():
+    clauses = text.clauses
+    assert clauses('a person walks forward, then kicks with the left leg') == [
+        'a person walks forward', 'kicks with the left leg']
+    assert clauses('he turns around and, after that, sits down before waving.') == [
+        'he turns around', 'sits down', 'waving']
+    assert clauses('First she runs; finally she stands') == ['she runs', 'she stands']
+    assert clauses('a thenar andante') == ['a thenar andante']   # words, not parts of words
+    assert clauses(' , and then!') == []
+    _, index, _ = text.encode_captions(['walks, ' * 100], 'hash', 'clauses')
+    assert index.shape == (1, 1 + text.MOST_TOKENS)
+
+
+@pytest.mark.parametrize('mode', ['sentence', 'clauses'])
+def test_condition_tokens(mode):
+    """The first condition token is the sentence, and a text that captions share is stored once."""
+    captions = ['a man walks, then jumps', 'a man walks', 'jumps']
+    vectors, index, role = text.encode_captions(captions, 'hash', mode)
+    c, _ = text.caption_vectors(captions, 'hash', mode)
+    assert torch.equal(c, vectors[index])
+    assert torch.equal(role > 0, index > 0)
+    sentences, _ = text.caption_vectors(captions, 'hash')
+    assert torch.equal(c[:, :1], sentences)
+    assert not vectors[0].any()
+    expected = {'sentence': [1, 1, 1], 'clauses': [3, 2, 2]}[mode]
+    assert role.sum(1).tolist() == expected
+    assert len(vectors) == 1 + 3   # "a man walks", "jumps" and the long sentence
+    if mode == 'clauses':
+        assert index[0, 2] == index[2, 0]   # "jumps" as a clause and as a sentence
+
+
 def test_clip_tower_and_its_cache(tmp_path):
-    """The real open_clip path, with a randomly initialised tower: nothing is downloaded."""
+    """open_clip with random weights, so that nothing is downloaded."""
     open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
     torch.manual_seed(0)
     tower = text.clip_tower(pretrained=None)
     calls = []
 
-    def make_tower(device):
-        def encode(captions):
-            calls.append(len(captions))
-            return tower(captions)
-        return encode
+    def counting_tower(captions):
+        calls.append(len(captions))
+        return tower(captions)
 
     def encode(captions):
-        c, role = text.caption_vectors(captions, 'clip', cache=str(tmp_path), tower=make_tower)
+        c, role = text.caption_vectors(captions, 'clip', cache=str(tmp_path),
+                                       tower=lambda device: counting_tower)
         assert role.shape == c.shape[:2]
         assert role.all()
         return c
@@ -968,7 +880,7 @@ def test_clip_tower_and_its_cache(tmp_path):
     assert x.shape == (3, 1, 512)
     assert torch.equal(x[0], x[2])
     assert worst(x[0], x[1]) > 1e-3
-    assert abs(x[0].norm() - 1) > 1e-2   # un-normalised, as MoMask uses it
+    assert abs(x[0].norm() - 1) > 1e-2   # un-normalized, as in MoMask
     y = encode(['a person walks', 'a person jumps'])
     assert torch.equal(x[0], y[0])
     assert calls == [2, 1]               # only the new caption was encoded
@@ -979,8 +891,8 @@ def test_clip_tower_and_its_cache(tmp_path):
     captions = ['a person walks', long, '']
     ids = open_clip.get_tokenizer('ViT-B-32-quickgelu')(captions)
     with torch.no_grad():
-        for some in (slice(0, 1), slice(0, 3)):   # cut at the longest caption, it says the same
-            assert worst(tower(captions[some]), whole.encode_text(ids[some])) < 1e-4
+        for n in (1, 3):   # the tower pads to its longest caption only
+            assert worst(tower(captions[:n]), whole.encode_text(ids[:n])) < 1e-4
 
 
 def test_files_are_whole_or_absent(tmp_path):
@@ -990,7 +902,7 @@ def test_files_are_whole_or_absent(tmp_path):
     assert os.listdir(tmp_path) == ['a.pt']
     with open(path, 'r+b') as f:
         f.truncate(100)
-    with pytest.raises(UserError, match='cannot be read'):
+    with pytest.raises(UserError, match='a.pt cannot be read'):
         load(path, '')
-    with pytest.raises(UserError, match='run this first'):
+    with pytest.raises(UserError, match='b.pt is missing.*run this first'):
         load(str(tmp_path / 'b.pt'), 'run this first')

@@ -1,5 +1,6 @@
 """What a run does to a folder that is not its own, to a checkpoint when it diverges, and what it
 says about places that it cannot write."""
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from test_damage import sentence
 from test_train import CONFIG, folder, load, out_dir, run, train   # noqa: F401
 
 from lib import runtime
+from lib.data import digest
 
 MAIN = SimpleNamespace(main=True)
 SETTINGS = dict(init_from='scratch', overwrite=False, lr=1e-3, weight_decay=1e-5, seed=0,
@@ -21,10 +23,11 @@ SETTINGS = dict(init_from='scratch', overwrite=False, lr=1e-3, weight_decay=1e-5
 
 def start(folder, identity=dict(data_hash='d', vq_hash='v'), **changes):
     """The start of a run; its lock is given back."""
+    settings = {**SETTINGS, **changes}
     try:
-        return runtime.open_run(MAIN, folder, 'mask', {**SETTINGS, **changes}, **identity)
+        return runtime.open_run(MAIN, folder, 'mask', settings, settings['mask_iters'], **identity)
     finally:
-        runtime.held.pop().close()
+        runtime.locks.pop().release()
 
 
 def save_run(folder, name='mask_last.pt', **changes):
@@ -39,7 +42,7 @@ def save_run(folder, name='mask_last.pt', **changes):
 def test_a_run_from_scratch_leaves_another_alone(tmp_path, name):
     assert start(tmp_path) is None
     save_run(tmp_path, name)
-    said = (f'{name} is there already, step 70 of {time.strftime("%Y-")}', '--init_from',
+    said = (f'{name} exists, step 70 of {time.strftime("%Y-")}', '--init_from',
             '--overwrite=True')
     sentence(lambda: start(tmp_path), *said)
     sentence(lambda: start(tmp_path, lr=2e-3), 'lr was 0.001, now 0.002', *said)
@@ -83,33 +86,48 @@ def test_resume_of_an_older_checkpoint(tmp_path):
 @pytest.mark.parametrize('checkpoint, words', [
     (dict(kind='vq'), 'holds vq, expected mask'),
     (dict(kind='mask', it=1, model={}), 'lacks the entry settings'),
-    ([1], 'it holds no dict')])
+    ([1], 'it is not a checkpoint')])
 def test_resume_of_something_else(tmp_path, checkpoint, words):
     torch.save(checkpoint, tmp_path / 'mask_last.pt')
     sentence(lambda: start(tmp_path, init_from='resume'), 'mask_last.pt', words)
 
 
-def test_the_lock_says_who_and_dies_with_its_process(tmp_path):
+def test_the_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
     child = os.fork()
     if not child:
-        runtime.hold(tmp_path, 'mask')
+        runtime.lock(tmp_path, 'mask')
+        (tmp_path / 'locked').write_text('')
         time.sleep(60)
         os._exit(0)
     try:
-        lock = tmp_path / '.mask.lock'
-        while not lock.exists() or not lock.read_text():
+        while not (tmp_path / 'locked').exists():
             time.sleep(0.01)
-        sentence(lambda: runtime.hold(tmp_path, 'mask'), str(tmp_path), f'process {child} on')
-        runtime.hold(tmp_path, 'res')   # of other files
+        sentence(lambda: runtime.lock(tmp_path, 'mask'), str(tmp_path), 'mask.pt')
+        runtime.lock(tmp_path, 'res')   # for other files
         (tmp_path / '.mask_last.pt.x1.tmp').write_text('half of it')
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    runtime.hold(tmp_path, 'mask')
-    assert lock.read_text().startswith(f'process {os.getpid()} on')
-    assert sorted(os.listdir(tmp_path)) == ['.mask.lock', '.res.lock']
-    while runtime.held:
-        runtime.held.pop().close()
+    runtime.lock(tmp_path, 'mask')
+    assert not (tmp_path / '.mask_last.pt.x1.tmp').exists()
+    while runtime.locks:
+        runtime.locks.pop().release()
+
+
+def test_a_lock_that_was_removed_stops_the_next_save(tmp_path):
+    runtime.lock(tmp_path, 'mask')
+    try:
+        runtime.save({'a': 1}, tmp_path / 'mask.pt')
+        os.remove(tmp_path / '.mask.lock')
+        sentence(lambda: runtime.save({'a': 2}, tmp_path / 'mask.pt'), '.mask.lock')
+    finally:
+        runtime.locks.pop().release()
+    assert torch.load(tmp_path / 'mask.pt')['a'] == 1
+
+
+def test_resume_with_fewer_steps_than_done(tmp_path):
+    save_run(tmp_path)
+    sentence(lambda: start(tmp_path, init_from='resume', mask_iters=60), 'has 70 steps', '60')
 
 
 @pytest.mark.parametrize('stage, files', [
@@ -119,18 +137,22 @@ def test_scripts_leave_another_run_alone(folder, stage, files):   # noqa: F811
     out = out_dir(folder, f'taken_{stage}', *files)
     before = [(folder / out / file).read_bytes() for file in files]
     said = run(folder, *train(stage), f'--out_dir={out}', '--seed=5', ok=False)
-    assert f'{files[-1]} is there already, step ' in said
+    assert f'{files[-1]} exists, step ' in said
     assert 'seed was' in said and 'now 5' in said
     assert before == [(folder / out / file).read_bytes() for file in files]
 
 
-def test_resume_after_an_edit_of_the_data(folder):   # noqa: F811
-    """One word of one caption."""
-    edited = folder / 'data' / 'edited'
-    shutil.copytree(folder / 'data' / 'tiny', edited)
-    path = edited / 'train_captions.json'
+def test_resume_on_other_data(folder):   # noqa: F811
+    """The same clips and one more caption, prepared again."""
+    other = folder / 'data' / 'other'
+    shutil.copytree(folder / 'data' / 'tiny', other)
+    command = [*train('mask'), '--init_from=resume', '--data=other', '--out_dir=out/tiny']
+    path = other / 'train_captions.json'
     path.write_text(path.read_text().replace('walks', 'strolls', 1))
-    command = [*train('mask'), '--init_from=resume', '--data=edited', '--out_dir=out/tiny']
+    assert 'train_captions.json' in run(folder, *command, ok=False)   # edited by hand
+    meta = json.loads((other / 'meta.json').read_text())
+    meta['files'][path.name] = digest(path)
+    (other / 'meta.json').write_text(json.dumps(meta))
     assert 'data_hash was' in run(folder, *command, ok=False)
 
 
@@ -217,7 +239,7 @@ def test_places_are_looked_at_before_the_work(folder):   # noqa: F811
 @pytest.mark.parametrize('content, words', [
     (b'a person \xff walks', "'utf-8' codec"), ('walks#²'.encode(), "'²' behind # is not"),
     (b'walks#' + b'9' * 5000, 'behind # is not a number'), (b' \n', 'holds no prompt'),
-    (None, 'there is no such file'), ('человек идёт'.encode(), 'no word that the hash')])
+    (None, 'it is not a file'), ('человек идёт'.encode(), 'no word for the hash')])
 def test_prompt_files(folder, content, words):   # noqa: F811
     path = folder / f'prompts_{abs(hash(content))}.txt'
     if content is None:
