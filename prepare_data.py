@@ -346,9 +346,10 @@ def prepare_folder(folder, name, args):
         skipped['caption of a file that is not there'] = strays
 
     usable, notes, unused = [], Counter(), set(settings.joints.values())
+    refused = Counter()
     work = functools.partial(own_clips, settings=settings, fps=fps)
     for pairs, of_file, unused_here, reasons in in_parallel(work, jobs, name):
-        skipped += reasons
+        refused += reasons
         if unused_here is not None:
             unused &= unused_here
         if pairs:
@@ -363,10 +364,11 @@ def prepare_folder(folder, name, args):
         raise UserError(f'{args.joints} has {", ".join(sorted(unused))}, which no file has: correct '
                         'these names')
     if len(usable) < len(SPLITS) or silent == len(usable):
-        often = f', most often because: {max(skipped, key=skipped.get)}' if skipped else ''
+        often = f', most often because: {max(refused, key=refused.get)}' if refused else ''
         raise UserError(f'{src} has {len(usable)} usable files, {silent} of them without a '
                         f'caption, expected 3 or more, with captions{often}')
 
+    skipped += refused
     usable.sort(key=lambda pairs: hashlib.md5(pairs[0][0][0].encode()).hexdigest())
     first_val = math.ceil(0.1 * len(usable))
     first_train = first_val + math.ceil(0.05 * len(usable))

@@ -48,7 +48,7 @@ def test_out_that_is_something_else_is_left_alone(tmp_path):
     field_folder(tmp_path / 'src', {'a': noise(60)}, {'a': WALKS}, {})
     (tmp_path / 'home').mkdir()
     (tmp_path / 'home' / 'thesis.txt').write_text('years of work')
-    with pytest.raises(UserError, match='not a prepared data set'):
+    with pytest.raises(UserError, match='thesis.txt'):
         prepare('hml3d', tmp_path / 'home', tmp_path / 'src')
     assert os.listdir(tmp_path / 'home') == ['thesis.txt']
 
@@ -134,7 +134,7 @@ def test_bandai_end_to_end(bandai_folder, tmp_path, capsys):
     assert 'skipped 2: shorter than 40 frames' in printed
     assert 'truncated' in printed
     assert 'moonwalk' in printed
-    assert 'has another skeleton (22 joints, without Chest)' in printed
+    assert 'without Chest' in printed
     meta = load_meta(out)[0]
     assert (meta['fps'], meta['dim'], meta['steady']) == (20, 263, True)
     assert sum(meta['skipped'].values()) == 5
@@ -346,7 +346,7 @@ def test_babel(tmp_path):
         prepare('babel', out, src)
     assert len(load_split(out, 'train')) == 3   # the old data set is still there
     os.remove(src / 'val.json')
-    with pytest.raises(UserError, match='val.json .*no such file.*--src is the folder'):
+    with pytest.raises(UserError, match='val.json .*--src is the folder'):
         prepare('babel', out, src)
 
 
@@ -390,12 +390,11 @@ def test_bvh_files_of_ones_own(tmp_path, capsys):
     write_take(src / 'short.bvh', TAKES[0][:30])
     write_take(src / 'toeless.bvh', TAKES[0])
     toeless = (src / 'toeless.bvh').read_text()
-    (src / 'toeless.bvh').write_text(toeless.replace('mixamorig:LeftToeBase', 'Bone2'))
+    (src / 'toeless.bvh').write_text(toeless.replace('LeftToeBase', 'Bone2'))
     (src / 'broken.BVH').write_text(toeless[:3000])
     clips = prepare_own(src, tmp_path / 'data' / 'mine')
     printed = capsys.readouterr().out
-    for words in ('0.8', 'y points up', 'by the names of Mixamo; put between their neighbours: spi',
-                  'skipped 1: shorter than 40', 'skipped 1: no place for left_foot',
+    for words in ('cm, y up', 'Mixamo', 'spine2 put between', 'skipped 1: shorter than 40', 'left_foot',
                   'broken.BVH is not a BVH file', 'skipped 2: line of the captions',
                   'skipped 1: caption of a file that is not there', '1 files have no caption'):
         assert words in printed
@@ -452,9 +451,9 @@ def test_mistakes_with_ones_own_files(tmp_path):
     (tmp_path / 'map.json').write_text('{"tail": "Tail"}')
     (tmp_path / 'none.csv').write_text('file,caption\n')
     for settings, words in {
-            f'--src={tmp_path}/empty': 'holds no .bvh or .npy file',
+            f'--src={tmp_path}/empty': 'empty holds no .bvh',
             f'--src={src}': 'give --fps',
-            f'--src={tmp_path}/stones --fps=20': 'give --unit and --up',
+            f'--src={tmp_path}/stones --fps=20': 'give --unit',
             f'--src={src} --fps=20 --joints={tmp_path}/map.json': "map.json has 'tail'",
             f'--src={src} --fps=20 --joints={src}/captions.csv': 'joint_names.json shows what',
             f'--src={src} --fps=20 --captions={src}/no.csv': 'expected lines file,caption',
