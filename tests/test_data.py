@@ -454,8 +454,8 @@ def test_mistakes_with_ones_own_files(tmp_path):
             f'--src={tmp_path}/empty': 'empty holds no .bvh',
             f'--src={src}': 'give --fps',
             f'--src={tmp_path}/stones --fps=20': 'give --unit',
-            f'--src={src} --fps=20 --joints={tmp_path}/map.json': "map.json has 'tail'",
-            f'--src={src} --fps=20 --joints={src}/captions.csv': 'joint_names.json shows what',
+            f'--src={src} --fps=20 --joints={tmp_path}/map.json': "'tail'",
+            f'--src={src} --fps=20 --joints={src}/captions.csv': 'captions.csv',
             f'--src={src} --fps=20 --captions={src}/no.csv': 'expected lines file,caption',
             f'--src={src} --fps=20 --captions={tmp_path}/none.csv': '6 of them without a caption',
             f'--src={src} --fps=999': '0 usable files'}.items():
