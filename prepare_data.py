@@ -34,9 +34,9 @@ from lib.bandai import BANDAI_FILE, bandai_captions, bandai_files, bandai_joints
 from lib.bvh import MAX_FPS
 from lib.configurator import NOT_TEXT, UserError, install_error_hook
 from lib.data import mean_std, save_meta, save_split
-from lib.humanml import (SPLITS, HumanML3D, babel_clips, babel_entries, captioned_clips, check_length,
-                         cmu_clips, cmu_trial, decode_text, load_features, read_captions,
-                         read_split_lists, simple_tags, skipping)
+from lib.humanml import (SPLITS, HumanML3D, babel_clips, babel_entries, captioned_clips,
+                         check_length, cmu_clips, cmu_trial, decode_text, load_features,
+                         read_captions, read_split_lists, simple_tags, skipping)
 from lib.motion import SKELETONS, joints_to_features
 from lib.runtime import read, read_array
 from lib.takes import AXES, MAX_FRAMES, SUFFIXES, UNITS, cut, read_take, take_settings
@@ -227,7 +227,7 @@ def prepare_hml3d(folder, src, name):
     write_dataset(folder, name, skeleton_key, splits, skipped, stats)
 
 
-# -------------------------------------------- cmu: motion of the CMU database, captions of HumanML3D
+# ------------------------------------------- cmu: motion of the CMU database, captions of HumanML3D
 
 
 def cmu_split(ids, clips, source, skipped):
@@ -278,7 +278,7 @@ def prepare_babel(folder, src):
     write_dataset(folder, 'babel', 'smpl22', splits, skipped)
 
 
-# ------------------------------------------------------------- folder: BVH files and arrays of yours
+# ------------------------------------------------------------ folder: BVH files and arrays of yours
 
 
 def own_clips(job, settings, fps):
@@ -361,8 +361,8 @@ def prepare_folder(folder, name, args):
     if silent:
         print(f'{silent:,} files have no caption: only the tokenizer learns from them')
     if unused and usable:
-        raise UserError(f'{args.joints} has {", ".join(sorted(unused))}, which no file has: correct '
-                        'these names')
+        raise UserError(f'{args.joints} has {", ".join(sorted(unused))}, which no file has: '
+                        'correct these names')
     if len(usable) < len(SPLITS) or silent == len(usable):
         often = f', most often because: {max(refused, key=refused.get)}' if refused else ''
         raise UserError(f'{src} has {len(usable)} usable files, {silent} of them without a '

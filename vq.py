@@ -75,8 +75,8 @@ def make_decoder(config):
 
 
 class Quantizer(nn.Module):
-    """One codebook (V, code_dim), learned by exponential moving average (EMA). Rarely used codes are
-    reset to vectors of the batch."""
+    """One codebook (V, code_dim), learned by exponential moving average (EMA). Rarely used codes
+    are reset to vectors of the batch."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,1 +1,1 @@
-"""What the method stands on and any motion project could use. Nothing here imports from the top level."""
+"""What any motion project could use. Nothing here imports from the top level."""

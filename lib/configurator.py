@@ -84,8 +84,8 @@ def settings_lines(path):
         source = f.read()
     if path == SHARED:
         return source.splitlines()
-    parts = source.split('\n# ---', 2)
-    lines = parts[1].splitlines()[1:] if len(parts) == 3 else []
+    parts = re.split(r'\n# -+\n', source, maxsplit=2)   # headings of sections have words in them
+    lines = parts[1].splitlines() if len(parts) == 3 else []
     return [line for line in lines if not line.startswith(('config = ', 'configure('))]
 
 

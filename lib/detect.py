@@ -12,8 +12,9 @@ from scipy.ndimage import find_objects, label
 from scipy.signal import find_peaks
 
 from lib.motion import unit_vectors
-from lib.toy import (ANKLES, FPS, HEAD, HIPS, LANGUAGE, LEFTWARD, NECK, PELVIS, SHOULDERS, SIDED,
-                     TOE_Y, TOES, WRISTS, smooth)
+from lib.toy import (ANKLES, FPS, HEAD, HIPS, LEFTWARD, NECK, PELVIS, SHOULDERS, TOE_Y, TOES,
+                     WRISTS, smooth)
+from lib.toy_language import LANGUAGE, SIDED
 
 LEFT, UP, FORWARD = range(3)  # components of a vector in the body's frame
 

@@ -129,7 +129,7 @@ def restore_rng(run, checkpoint, seed, path):
                         'the state of the random generators cannot be carried over.')
     run.generator.set_state(checkpoint['generator'])
     if run.main and checkpoint['world'] != run.world:
-        print(f'{path} was written by {checkpoint["world"]} ranks; with {run.world} dropout differs.')
+        print(f'{path} is of {checkpoint["world"]} ranks: with {run.world} dropout differs.')
     if run.world > 1:   # the file has the dropout state of one rank only: reseed all
         torch.manual_seed(seed + run.rank + 1_000_003 * checkpoint['it'])
         return
@@ -414,8 +414,9 @@ def open_run(run, folder, kind, config, iters, keys=(), **identity):
     there. Returns the checkpoint to resume from if init_from is 'resume', otherwise None.
 
     config: the settings, and identity: hashes of data and tokenizer; checkpoints keep both. iters:
-    steps of the whole run. keys: other entries that the checkpoint must have. UserError where it belongs to another run, and
-    where a run from scratch would replace a checkpoint without --overwrite=True.
+    steps of the whole run. keys: other entries that the checkpoint must have. UserError where it
+    belongs to another run, and where a run from scratch would replace a checkpoint without
+    --overwrite=True.
     """
     if run.main:
         lock(folder, kind)
@@ -433,8 +434,8 @@ def open_run(run, folder, kind, config, iters, keys=(), **identity):
                         if key in was and key not in MAY_CHANGE and was[key] != value)
     if resumes and not changed:
         if checkpoint['it'] > iters:
-            raise UserError(f'{path} has {checkpoint["it"]} steps, more than the {iters} asked for: '
-                            'nothing is left to do.')
+            raise UserError(f'{path} has {checkpoint["it"]} steps, more than the {iters} asked '
+                            'for: nothing is left to do.')
         return checkpoint
     date = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
     resume = 'resume it with --init_from=resume and its settings, ' if path == last else ''

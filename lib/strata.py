@@ -74,7 +74,7 @@ def strata_fids(draws):
 
 
 def token_speed(joints, fps, per_token=4):
-    """Joints (T, J, 3) in metres -> mean joint speed during each token (T // per_token,), in m/s."""
+    """Joints (T, J, 3) in metres -> mean joint speed in each token (T // per_token,), in m/s."""
     speed = fps * np.linalg.norm(np.diff(joints, axis=0), axis=-1).mean(-1)
     speed = np.append(speed, speed[-1:])   # the last frame has no successor
     return speed[:len(speed) // per_token * per_token].reshape(-1, per_token).mean(1)
@@ -88,7 +88,7 @@ def hide_lowest(score, share, valid):
 
 
 def error_by_speed(batches, log_probabilities, MASK, seed=0, shares=(0.3, 0.6, 0.9)):
-    """Cross-entropy of masked tokens: mean, by quarter of joint speed, and its rank correlation with
+    """Cross-entropy of masked tokens: mean, by quarter of joint speed, and rank correlation with
     measures of dynamics -> {'uniform 30%': {column: value}, ...}.
 
     batches: list of dicts with ids (B, n), valid (B, n) bool, confidence (B, n), and the measures
@@ -118,7 +118,7 @@ def error_by_speed(batches, log_probabilities, MASK, seed=0, shares=(0.3, 0.6, 0
 
 
 def summary_of_errors(columns, edges):
-    """One row of `error_by_speed`: columns {name: (tokens,)}, edges (3,) of the speed's quarters."""
+    """A row of `error_by_speed`: columns {name: (tokens,)}, edges (3,) of the speed's quarters."""
     quarter = torch.bucketize(columns['speed'], edges)
     columns = {name: values.cpu().numpy() for name, values in columns.items()}
     row = {'all': columns['error'].mean()}

@@ -1,7 +1,7 @@
 """The tiny-shakespeare of motion: procedural SMPL-22 clips at 20 fps, with captions.
 
 A script is a list of one to three items {'action', 'side', 'speed'}. A `Plan` turns it into
-footsteps and curves, `body` turns a plan into joints, and `caption` puts a script into words. Feet
+footsteps and curves, `body` turns a plan into joints, and lib/toy_language.py into words. Feet
 never slide, because footsteps are planned first: the pelvis follows the feet, and inverse
 kinematics fills in the knees.
 
@@ -9,9 +9,7 @@ Units are metres, seconds and radians. Y points up from the floor. A clip starts
 faces Z+, so X+ is the character's left, and yaw is positive to the left. Side 0 is left, 1 right.
 A place is (x, z, yaw).
 """
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -19,13 +17,11 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.spatial.transform import Rotation
 
 from lib import motion
-from lib.configurator import ROOT
+from lib.toy_language import LANGUAGE, SPEEDS, caption, make_script
 
 FPS = 20
 MIN_FRAMES, MAX_FRAMES = 40, 196
-SPEEDS = {'slow': 0.75, 'normal': 1.0, 'fast': 1.3}  # the pace of an action
 LEFTWARD = np.array([1, -1])  # sign of X by side
-LANGUAGE = json.loads(Path(ROOT, 'config', 'toy_language.json').read_text())
 
 PELVIS, SPINE1, SPINE2, SPINE3, NECK, HEAD = 0, 3, 6, 9, 12, 15
 HIPS, KNEES, ANKLES, TOES = [1, 2], [4, 5], [7, 8], [10, 11]   # left, right
@@ -345,7 +341,6 @@ class Plan:
 
 
 ACTIONS = {action: getattr(Plan, re.sub(r'\W', '_', action)) for action in LANGUAGE['phrases']}
-SIDED = {'side-step', 'turn', 'kick', 'punch', 'wave'}
 
 
 # ---------------------------------------------------------------------------------- plan to joints
@@ -353,7 +348,7 @@ SIDED = {'side-step', 'turn', 'kick', 'punch', 'wave'}
 
 def sample_curves(curves, times):
     """{name: keys} -> {name: values (T,)}: cubic between keys, constant after the last one. Making
-    a spline takes 0.1 ms, so all curves share one, in which each has a minute of its own."""
+    a spline takes 0.1 ms, so all curves share one, each in a minute of its own."""
     all_keys = []
     for minute, keys in enumerate(curves.values()):
         keys = [*keys, (59.0, keys[-1][1], 0.0)]
@@ -434,44 +429,6 @@ def _place_arms(joints, limbs, chest_axes):
     pole = np.array([chest_axes @ [out, -0.6, -0.6] for out in 0.5 * LEFTWARD])
     joints[ELBOWS], joints[WRISTS] = motion.two_bone_ik(
         shoulder, shoulder + arm, UPPER_ARM, FOREARM, pole, MAX_STRETCH)
-
-
-# ------------------------------------------------------------------------------ captions and clips
-
-
-def make_script(rng):
-    """A random script. Its actions differ, so that the word pairs of a caption determine their
-    order. Sitting down comes last, because there is no action for standing up."""
-    n = rng.choice([1, 2, 3], p=[0.22, 0.53, 0.25])
-    actions = rng.permutation(list(ACTIONS))[:n].tolist()
-    actions.sort(key=lambda action: action == 'sit down')
-    script = []
-    for action in actions:
-        side = str(rng.choice(['left', 'right'])) if action in SIDED else None
-        speed = str(rng.choice(list(SPEEDS), p=[0.2, 0.6, 0.2]))
-        script.append({'action': action, 'side': side, 'speed': speed})
-    return script
-
-
-def caption(script, rng):
-    """Script -> (text, tokens), one of many ways to say it. Phrases consist of word/TAG or
-    word=lemma/TAG; tokens are 'lemma/TAG lemma/TAG ...'. The marker of an item ("then", "finally")
-    comes right before its verb and its speed comes last, so that word pairs alone tell the order.
-    """
-    def pick(options):
-        return options[rng.integers(len(options))]
-
-    parts = [pick(LANGUAGE['subjects'])]
-    for markers, item in zip(LANGUAGE['markers'], script):
-        if len(script) > 1:
-            parts.append(pick(markers))
-        phrase = pick(LANGUAGE['phrases'][item['action']])
-        parts.append(phrase.format(side=item['side']))
-        parts.append(pick(LANGUAGE['adverbs'][item['speed']]))
-    tagged = ' '.join(part for part in parts if part)
-    text = re.sub(r'(=\w+)?/[A-Z]+', '', tagged).replace(' ,', ',')
-    tokens = re.sub(r'\w+=|, ', '', tagged)
-    return text, tokens
 
 
 def make_clip(seed):

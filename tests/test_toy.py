@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib import detect
-from lib import toy
+from lib import toy, toy_language
 from lib.motion import SKELETONS
 
 PARENTS = SKELETONS['smpl22'].parents
@@ -154,7 +154,7 @@ def test_each_action_is_detected_on_its_own_side_only(action):
         side, other = ('left', 'right') if seed % 2 else ('right', 'left')
         joints = perform(action, side=side, seed=seed)
         assert detect.passes(joints, [item(action)])
-        if action in toy.SIDED:
+        if action in toy_language.SIDED:
             assert detect.passes(joints, [item(action, side)])
             assert not detect.passes(joints, [item(action, other)])
         assert sum(detect.passes(joints, [item(a)]) for a in toy.ACTIONS) <= 2   # it and one more

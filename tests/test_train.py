@@ -361,7 +361,7 @@ HGM3 = ('--mask_by=loss', '--text=graph', '--rotary=True', '--neighbours=1')
     ids=['vq', 'mask', 'hgm3', 'eval'])
 def test_resume_continues_where_it_stopped(folder, stage, settings, request):
     """Training in one run and training that is stopped and resumed end with the same weights."""
-    name = request.node.callspec.id
+    name = f'resume_{request.node.callspec.id}'
     files = [] if stage in ('vq', 'eval') else ['vq.pt']
     whole, cut = (out_dir(folder, f'{name}_{part}', *files) for part in ('whole', 'cut'))
     script, *settings = [*train(stage), *settings]
