@@ -118,13 +118,13 @@ def generate_base(model, c, role, n, known=None, steps=10, cond_scale=4.0, top_s
             p_max = log_p.amax(-1).exp()
             omega = msd.complexity(f, model.config.omega)                # Eq 8
             b = msd.exploration(omega, seen & valid, p_max, masked, lambda_D)   # Eqs 15-17
-            T = T * (1 + beta * b[..., None])                            # Eqs 18, 20
+            T = T * (1 + beta * b[..., None])                            # Eq 18 (repeated as Eq 20)
         sampled = sample(log_p, top_share, T, generator)
         ids = torch.where(masked, sampled, ids)
 
         confidence = log_p.gather(-1, sampled[..., None])[..., 0]
         if das_sampling:
-            sigma = sigma_max * b                                        # Eqs 19, 21
+            sigma = sigma_max * b                                        # Eq 19 (repeated as Eq 21)
             confidence = confidence + sigma * gumbel_like(confidence, generator)
         score = torch.where(masked, confidence, torch.inf)               # kept tokens stay kept
         guess = ids

@@ -120,7 +120,7 @@ def select(s_dyn, s_sem, K, valid, lam=0.3, r_exp=0, noise=0.0, generator=None):
 
     (1 - lam) K tokens of largest s_dyn (B, n), then lam K of largest s_sem (B, n) among the others.
     r_exp    a token is picked together with its neighbours within r_exp tokens; K stays the same
-    noise    scale of Gumbel noise on both scores. Without it a clip has the same mask every epoch
+    noise    scale of Gumbel noise on both scores. Without it the ranking by s_dyn never changes
     """
     if noise > 0:
         s_dyn = s_dyn + noise * gumbel_like(s_dyn, generator)

@@ -39,8 +39,8 @@ def velocity_ends(known, gap='interp'):
         'interp'  the velocity of the straight line between the known tokens on either side of the
                   run, v_t = (x_after - x_before) / (after - before)
 
-    Without masks both are Eq 4. Returns before, after (B, n) int and v_known (B, n) bool, which is
-    False before the first and behind the last known token.
+    Without masks both are Eq 4. Returns before, after (B, n) int and v_known (B, n) bool: True
+    where both ends are known.
     """
     n = known.shape[1]
     t = torch.arange(n, device=known.device).clamp(min=1).expand(known.shape)   # v_0 = v_1

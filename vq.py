@@ -211,7 +211,7 @@ class RVQVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids):
-        """ids (B, n, q) of the first q <= Q quantizers -> motion (B, 4 n, D)."""
+        """DynMask Eq 2: ids (B, n, q) of the first q <= Q quantizers -> motion (B, 4 n, D)."""
         layers = zip(self.quantizers, ids.unbind(-1))
         return self.decode_latent(sum(quantizer.codebook[i] for quantizer, i in layers))
 

@@ -226,7 +226,8 @@ def draw_msd(path, title, joints, phi, omega, fps):
     heat.pcolormesh(seconds, np.arange(bands + 1) - 0.5, phi.T, cmap='magma')
     heat.set_ylabel('band k\n$\\phi_{t,k}$, Eq 7')
     curve.stairs(omega, seconds, fill=True, alpha=0.5)
-    curve.set(xlim=(0, seconds[-1]), ylim=(0, None), ylabel='$\\Omega(t)$, Eq 8', xlabel='seconds')
+    curve.set(xlim=(0, seconds[-1]), ylim=(0, None))
+    curve.set(ylabel='$\\Omega(t) = |f_t|$', xlabel='seconds')
     figure.savefig(path)
 
 
