@@ -364,7 +364,8 @@ def prepare_folder(folder, name, args):
         raise UserError(f'{args.joints} has {", ".join(sorted(unused))}, which no file has: '
                         'correct these names')
     if len(usable) < len(SPLITS) or silent == len(usable):
-        often = f', most often because: {max(refused, key=refused.get)}' if refused else ''
+        reasons = refused if len(usable) < len(SPLITS) else skipped
+        often = f', most often because: {max(reasons, key=reasons.get)}' if reasons else ''
         raise UserError(f'{src} has {len(usable)} usable files, {silent} of them without a '
                         f'caption, expected 3 or more, with captions{often}')
 

@@ -1,5 +1,5 @@
-"""takes.py: whatever a file calls its joints, in whatever unit and axes, the same body comes out, or
-one sentence that names the file and the setting that would help."""
+"""takes.py: whatever a file calls its joints, and in whatever unit and axes, the same body comes
+out, or one sentence that names the file and the setting that would help."""
 import codecs
 import json
 import os
@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from test_bvh import tiny
 
 from lib import toy
@@ -257,16 +258,17 @@ def test_a_t_pose_before_the_motion(tmp_path):
         take = read_take(tmp_path / 'a.bvh')
         assert any('T-pose' in note for note in take.notes)
         assert np.abs(take.joints - CLIP).max() < 0.003
-    # a motion that begins with the arms held out is not cut
-    arms_out = local.copy()
-    arms_out[:, 1:] = np.eye(3)
-    arms_out[30:] = local[30:]
-    shares = np.linspace(0, 1, 60)[:, None, None]
-    slow = np.stack([np.eye(3)] * 60)
-    write_rotations(tmp_path / 'a.bvh', names, SMPL.parents, 100 * offsets,
-                    np.broadcast_to(slow[:, None], (60, 22, 3, 3)), 100 * root[:1] + 0 * shares[:, 0],
-                    60)
-    assert not any('T-pose' in note for note in read_take(tmp_path / 'a.bvh').notes)
+    # a motion that begins with the arms held out, and lowers them within a second, is not cut
+    lowered = np.tile(np.eye(3), (60, 22, 1, 1))
+    for side, sign in ('left', -1), ('right', 1):
+        angles = sign * np.linspace(0, 80, 60)[:, None]
+        turns = Rotation.from_euler('z', angles, degrees=True).as_matrix()
+        lowered[:, SMPL.names.index(f'{side}_shoulder')] = turns
+    write_rotations(tmp_path / 'a.bvh', names, SMPL.parents, 100 * offsets, lowered,
+                    np.tile(100 * root[:1], (60, 1)), 60)
+    take = read_take(tmp_path / 'a.bvh')
+    assert not any('T-pose' in note for note in take.notes)
+    assert len(take.joints) == 20
 
 
 # ------------------------------------------------------------------------------------------ syntax
@@ -280,7 +282,7 @@ SYNTAX = {
     'small': lambda text: text.lower(),
     'spaces in names': lambda text: re.sub('(ROOT|JOINT) ', r'\1 Bip01 ', text),
     'comments': lambda text: '# made by hand\n' + re.sub('(OFFSET .*)', r'\1  // cm', text),
-    'space before colon': lambda text: text.replace('Frames:', 'Frames :').replace('Time:', 'Time :'),
+    'space before colon': lambda text: re.sub('(Frames|Time):', r'\1 :', text),
     'tabs': lambda text: text.replace('  ', '\t').replace('MOTION', '\tMOTION  '),
     'braces in line': lambda text: re.sub(r'\n\s*{', ' {', text).replace('JOINT', '\nJOINT'),
     'no spaces at braces': lambda text: re.sub(r'\s*{\s*', '{', text),

@@ -1,0 +1,331 @@
+"""Files as other people have them (../shared/cases), trials of the CMU database, and what goes out:
+BVH and GLB at other frame rates, under file names that every system takes."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+from test_train import CONFIG, folder, run   # noqa: F401
+
+import prepare_data
+from lib import toy
+from lib.bvh import bvh_to_joints, fit_rotations, read_bvh, write_bvh
+from lib.configurator import ROOT, UserError
+from lib.data import load_meta, load_split
+from lib.humanml import cmu_trial
+from lib.motion import SKELETONS, features_to_joints
+from lib.takes import read_take, take_settings
+
+SHARED = os.path.join(ROOT, '..', 'shared')
+CASES = os.path.join(SHARED, 'cases')
+CMU = os.path.join(SHARED, 'data', 'cmu')
+SMPL = SKELETONS['smpl22']
+needs_cases = pytest.mark.skipif(not os.path.isdir(CASES), reason='../shared is not here: no cases')
+needs_cmu = pytest.mark.skipif(not os.path.isdir(CMU), reason='../shared is not here: no trials')
+
+
+def case(name, **settings):
+    return read_take(os.path.join(CASES, name), take_settings(**settings), 20)
+
+
+def leg(joints):
+    """Median length of the left leg, metres."""
+    hip, knee, ankle = (joints[:, SMPL.names.index(f'left_{x}')] for x in ('hip', 'knee', 'ankle'))
+    return np.median(np.linalg.norm(hip - knee, axis=-1) + np.linalg.norm(knee - ankle, axis=-1))
+
+
+@needs_cases
+@pytest.mark.parametrize('name', ['capitals', 'leg_means_hip', 'named_end_site', 'spaces_in_names',
+                                  't_pose_first', 'toe_without_base'])
+def test_bvh_cases(name):
+    """All are the same 60 frames, which leg_means_hip once read with thighs of 7 cm."""
+    take = case(f'{name}.bvh')
+    assert take.joints.shape == (60, 22, 3)
+    assert np.abs(take.joints - case('capitals.bvh').joints).max() < 1e-3
+    thigh = np.linalg.norm(take.joints[:, 1] - take.joints[:, 4], axis=-1).mean()
+    assert abs(thigh / (leg(take.joints) - thigh) - 1) < 0.15
+    assert any('T-pose' in note for note in take.notes) == (name == 't_pose_first')
+
+
+@needs_cases
+def test_two_people_are_told_apart():
+    with pytest.raises(UserError, match='two_people.bvh .*--root'):
+        case('two_people.bvh')
+    apart = case('two_people.bvh', root='2').joints - case('two_people.bvh', root='1').joints
+    assert np.abs(apart - [5, 0, 0]).max() < 1e-6
+
+
+@needs_cases
+@pytest.mark.parametrize('name', ['mixed_units', 'left_handed'])
+def test_folders_of_arrays(tmp_path, capsys, name):
+    prepare_data.main(['folder', f'--src={CASES}/{name}', '--fps=20', f'--out={tmp_path}/data'])
+    printed = capsys.readouterr().out
+    assert ('mirrored' in printed) == (name == 'left_handed')
+    assert ('2 files: cm' in printed) == (name == 'mixed_units')
+    for split in load_meta(tmp_path / 'data')[0]['counts']:
+        clips = load_split(tmp_path / 'data', split)
+        for i in range(len(clips)):
+            joints = features_to_joints(np.array(clips.clip(i)), 22)
+            assert 0.7 < leg(joints) < 0.9
+            assert joints[-1, 0, 2] > 0.5   # they walk to where they face, Z+
+
+
+@needs_cases
+def test_sample_takes_the_cases(folder):   # noqa: F811
+    sample = ['sample.py', CONFIG, '--prompt=a person walks 2 steps', '--samples_dir=cases']
+    for name in ('source_cm.npy', 'toe_without_base.bvh'):
+        said = run(folder, *sample, f'--source={CASES}/{name}', '--edit=16:28')
+        assert name in said and ' cm, y up' in said
+    assert 'two_people.bvh' in run(folder, *sample, f'--source={CASES}/two_people.bvh',
+                                   '--edit=16:28', ok=False)
+    run(folder, 'sample.py', CONFIG, f'--prompts={CASES}/prompts_na.txt', '--samples_dir=na')
+    names = sorted(name for name in os.listdir(folder / 'na') if name.endswith('.npy'))
+    assert [name[:3] for name in names] == ['000', '001']
+    assert len(np.load(folder / 'na' / names[0])) == 60   # the other is as long as estimated
+
+
+@needs_cases
+def test_a_map_adds_to_known_names(tmp_path, capsys):
+    src = tmp_path / 'src'
+    src.mkdir()
+    for i in range(3):
+        shutil.copy(f'{CASES}/toe_without_base.bvh', src / f'{i}.bvh')
+    (src / 'captions.csv').write_text('0,a person walks\n1,a person walks\n2,a person walks\n')
+    for joints in (f'{CASES}/map_two_joints.json', ''):
+        prepare_data.main(['folder', f'--src={src}', f'--joints={joints}',
+                           f'--out={tmp_path}/data'])
+        assert '3 files: joints found' in capsys.readouterr().out
+    (tmp_path / 'map.json').write_text('{"head": "Hed"}')
+    with pytest.raises(UserError, match='map.json has Hed'):
+        prepare_data.main(['folder', f'--src={src}', f'--joints={tmp_path}/map.json',
+                           f'--out={tmp_path}/data'])
+
+
+# ------------------------------------------------------------------------------------------- cmu
+
+
+@needs_cmu
+def test_trials_of_cmu():
+    """Human size, on their feet, faces forward, and no T-pose; 12_01 fits its clip to the frame."""
+    for name, frames in (('01_01', 459), ('12_01', 88)):
+        take = read_take(f'{CMU}/{name}.bvh')
+        assert any('T-pose' in note for note in take.notes)
+        assert len(take.joints) == frames
+        assert 0.75 < leg(take.joints) < 0.85
+        assert -0.05 < take.joints[:, [7, 8, 10, 11], 1].min() < 0.1   # the floor
+        assert 1.2 < np.median(take.joints[:, 15, 1]) < 1.7            # the head
+
+
+@needs_cmu
+@pytest.mark.parametrize('zipped', [False, True])
+def test_cmu_with_captions_of_humanml3d(tmp_path, zipped, capsys):
+    clone = tmp_path / 'HumanML3D'
+    inner = clone / 'HumanML3D' if zipped else clone
+    (inner / 'texts').mkdir(parents=True)
+    shutil.copy(f'{CMU}/index.csv', clone)
+    walks = 'a man walks left.#a/DET man/NOUN walk/VERB left/ADV#0.0#0.0\n'
+    texts = {'000801': walks + 'he walks on#he/PRON walk/VERB on/ADV#1.0#3.5\n',
+             'M000801': walks.replace('left', 'right'), '002510': walks.replace('man', 'man\xe9')}
+    for name, text in texts.items():
+        (inner / 'texts' / f'{name}.txt').write_bytes(text.encode('cp1252'))
+    if zipped:
+        with zipfile.ZipFile(inner / 'texts.zip', 'w') as archive:
+            for name in texts:
+                archive.write(inner / 'texts' / f'{name}.txt', f'texts/{name}.txt')
+        shutil.rmtree(inner / 'texts')
+    for split, names in dict(train='000801 M000801 000002', val='002510', test='004041').items():
+        (inner / f'{split}.txt').write_text(names.replace(' ', '\n'))
+
+    out = tmp_path / 'data' / 'cmu'
+    prepare_data.main(['cmu', f'--src={CMU}', f'--texts={clone}', f'--out={out}'])
+    assert 'skipped 2,910' in capsys.readouterr().out   # clips of trials that are not there
+    train, val = load_split(out, 'train'), load_split(out, 'val')
+    assert train.names.tolist() == ['000801-1', '000801', 'M000801']
+    assert train.length.tolist() == [50, 87, 87]
+    assert val.length.tolist() == [199]
+    assert 'test' not in load_meta(out)[0]['counts']   # 004041 has no text
+    assert 'man' in val.captions[0]['text']
+    one, mirrored = (features_to_joints(np.array(train.clip(i)), 22) for i in (1, 2))
+    assert np.abs(one[:, SMPL.swap] * [-1, 1, 1] - mirrored).max() < 0.02
+    assert one[-1, 0, 2] > 3   # walks forward
+
+    for missing in ('index.csv', 'train.txt', 'val.txt', 'test.txt'):
+        os.remove((clone if missing == 'index.csv' else inner) / missing)
+    with pytest.raises(UserError, match='HumanML3D'):
+        prepare_data.main(['cmu', f'--src={CMU}', f'--texts={clone}', f'--out={out}'])
+    assert len(load_split(out, 'train')) == 3   # the old set is still there
+
+
+@pytest.mark.parametrize('path, trial', [
+    ('./pose_data/CMU/12/12_01_poses.npy', '12_01'),
+    ('./pose_data/CMU/18_19_Justin/18_08_poses.npy', '18_08'),
+    ('./pose_data/CMU/18_19_rory/18_08_poses.npy', '19_08'),
+    ('./pose_data/CMU/20_21_Justin1/20_11_poses.npy', '20_11'),
+    ('./pose_data/CMU/22_23_Rory/22_16_poses.npy', '23_16'),
+    ('./pose_data/KIT/3/kick_high_left02_poses.npy', '')])
+def test_names_of_trials(path, trial):
+    assert (cmu_trial(path) or '') == trial
+
+
+# -------------------------------------------------------------------------------------------- out
+
+
+@pytest.mark.parametrize('fps', [30, 60])
+def test_other_frame_rates_keep_the_bones(tmp_path, fps):
+    joints = toy.make_clip(4)['joints']
+    write_bvh(tmp_path / 'a.bvh', joints, SMPL, 20, fps)
+    names, parents, offsets, channels, frames, found = read_bvh(str(tmp_path / 'a.bvh'))
+    assert round(found, 3) == fps
+    order = [names.index(name) for name in SMPL.names]
+    back = bvh_to_joints(parents, offsets, channels, frames)[:, order]
+    assert len(back) == (len(joints) - 1) * fps // 20 + 1
+    bones = np.linalg.norm(back - back[:, SMPL.parents], axis=-1)
+    assert np.ptp(bones, axis=0).max() < 1e-2   # centimetres
+    exact = np.arange(len(back)) * 20 % fps == 0
+    kept = back[exact] / 100 - joints[np.flatnonzero(exact) * 20 // fps]
+    assert np.abs(kept).max() < 0.002
+
+
+def test_glb(tmp_path):
+    """The nodes and the animation, played by this test, give the fitted body."""
+    gl = pytest.importorskip('pygltflib', reason='pygltflib is not installed')
+    from lib.gltf import write_glb
+    joints = toy.make_clip(4)['joints'].astype(float)
+    path = tmp_path / 'a.glb'
+    write_glb(path, joints, SMPL, 20, 60)
+    gltf = gl.GLTF2().load(str(path))
+
+    def array(number):
+        accessor = gltf.accessors[number]
+        view = gltf.bufferViews[accessor.bufferView]
+        width = dict(SCALAR=1, VEC3=3, VEC4=4, MAT4=16)[accessor.type]
+        kind = {gl.FLOAT: '<f4', gl.UNSIGNED_BYTE: 'u1', gl.UNSIGNED_SHORT: '<u2'}
+        return np.frombuffer(gltf.binary_blob(), kind[accessor.componentType],
+                             accessor.count * width, view.byteOffset).reshape(-1, width)
+
+    animation, = gltf.animations
+    times = array(animation.samplers[0].input)[:, 0]
+    assert len(times) == 3 * (len(joints) - 1) + 1
+    assert np.isclose(times[-1], (len(joints) - 1) / 20)
+    values = {(channel.target.node, channel.target.path):
+              array(animation.samplers[channel.sampler].output) for channel in animation.channels}
+    assert [node.name for node in gltf.nodes[:22]] == list(SMPL.names)
+    world = {0: (Rotation.from_quat(values[0, 'rotation']),
+                 values[0, 'translation'])}
+    for j in range(22):
+        turn, place = world[j]
+        for child in gltf.nodes[j].children or []:
+            local = Rotation.from_quat(values[child, 'rotation'])
+            world[child] = turn * local, place + turn.apply(gltf.nodes[child].translation)
+    played = np.stack([world[j][1] for j in range(22)], 1)
+    assert np.abs(played[::3] - fit_rotations(joints, SMPL)[2]).max() < 1e-4
+    binds = array(gltf.skins[0].inverseBindMatrices).reshape(-1, 4, 4)
+    assert np.allclose(binds[:, 3, 1].min(), -1.6, atol=0.3)   # the head, above the floor
+    assert array(gltf.meshes[0].primitives[0].attributes.JOINTS_0).max() < 22
+
+    trimesh = pytest.importorskip('trimesh', reason='trimesh is not installed')
+    low, high = trimesh.load(path).bounds
+    assert abs(low[1]) < 0.1 and 1.5 < high[1] < 2   # at human size, in another library
+
+
+def test_names_of_samples(folder):   # noqa: F811
+    """ASCII, at most 100 bytes, and no file of another motion or of the source is overwritten."""
+    prompts = ['a person walks 走る', 'sie läuft ' + 'very ' * 60, 'a person walks']
+    (folder / 'names.txt').write_text('\n'.join(f'{p}#40' for p in prompts), encoding='utf-8')
+    sample = ['sample.py', CONFIG, '--samples_dir=names']
+    said = run(folder, *sample, '--prompts=names.txt')
+    assert 'Glyph' not in said
+    first = set(os.listdir(folder / 'names'))
+    assert all(re.fullmatch(r'[\w.-]{1,100}', name, re.ASCII) for name in first)
+    assert len([name for name in first if name.endswith('.npy')]) == 3
+    run(folder, *sample, '--prompts=names.txt')
+    assert set(os.listdir(folder / 'names')) == first   # the same motions
+    before = {name: (folder / 'names' / name).read_bytes() for name in first}
+    run(folder, *sample, '--prompts=names.txt', '--temperature=0.3')
+    run(folder, *sample, '--prompts=names.txt', '--seed=7')
+    assert {name: (folder / 'names' / name).read_bytes() for name in first} == before
+    assert any('_s7.' in name for name in os.listdir(folder / 'names'))
+
+
+# ------------------------------------------------------------------------------- what is left alone
+
+
+def toy_folder(path, header='file,caption'):
+    path.mkdir(parents=True)
+    separator = re.search(r'[,;\t]', header)[0]
+    rows = [header]
+    for i in range(4):
+        np.save(path / f't{i}.npy', toy.make_clip(i)['joints'])
+        rows.append(f'./t{i}.npy{separator}a man\xe9 waves')
+    (path / 'captions.csv').write_bytes('\n'.join(rows).encode('cp1252'))
+
+
+@pytest.mark.parametrize('header', ['file,caption', 'file;caption', 'file\tcaption'])
+def test_forms_of_captions(tmp_path, header):
+    toy_folder(tmp_path / 'src', header)
+    with open(tmp_path / 'src' / 'captions.csv', 'ab') as f:
+        f.write(b'\n./t0.npy' + header[4:5].encode() + b'\x8f!')   # no letter, no digit
+    prepare_data.main(['folder', f'--src={tmp_path}/src', '--fps=20', f'--out={tmp_path}/mine'])
+    train = load_split(tmp_path / 'mine', 'train')
+    assert {caption['text'] for caption in train.captions} == {'a man\xe9 waves'}
+
+
+def test_captions_that_no_encoder_reads(tmp_path):
+    toy_folder(tmp_path / 'src')
+    (tmp_path / 'src' / 'captions.csv').write_text(
+        '\n'.join(f't{i},человек идёт' for i in range(4)), encoding='utf-8')
+    with pytest.raises(UserError, match='4 of them without a caption.*letter a to z'):
+        prepare_data.main(['folder', f'--src={tmp_path}/src', '--fps=20', f'--out={tmp_path}/mine'])
+
+
+@pytest.mark.parametrize('name', ['../../x', '/etc/passwd', 'a/b', r'..\x'])
+def test_split_lists_hold_names_not_paths(tmp_path, name):
+    for part in ('new_joint_vecs', 'texts'):
+        (tmp_path / 'src' / part).mkdir(parents=True)
+    (tmp_path / 'src' / 'train.txt').write_text(f'000001\n{name}\n')
+    with pytest.raises(UserError, match='train.txt'):
+        prepare_data.main(['hml3d', f'--src={tmp_path}/src', f'--out={tmp_path}/out'])
+
+
+def test_only_our_own_files_are_replaced(tmp_path):
+    src, out = tmp_path / 'src', tmp_path / 'mine'
+    toy_folder(src)
+    command = ['folder', f'--src={src}', '--fps=20']
+    prepare_data.main([*command, f'--out={out}'])
+    np.save(out / 'tokens_abc_train.npy', np.zeros(3))   # a cache of training
+    prepare_data.main([*command, f'--out={out}'])
+    assert not (out / 'tokens_abc_train.npy').exists()
+
+    (out / 'thesis.txt').write_text('years of work')
+    with pytest.raises(UserError, match='mine .*thesis.txt'):
+        prepare_data.main([*command, f'--out={out}'])
+    assert (out / 'thesis.txt').exists()
+    os.remove(out / 'thesis.txt')
+    os.symlink(out, tmp_path / 'link')
+    shutil.move(src, out / 'tokens_src.npy')   # a folder with a name like ours
+    for words in (f'--src={src} --out={tmp_path}/link', f'--src={src} --out={tmp_path}/..',
+                  f'--src={out}/tokens_src.npy --out={out}', f'--src={out} --out={out}'):
+        with pytest.raises(UserError, match='--out'):
+            prepare_data.main(['folder', '--fps=20', *words.split()])
+    assert (out / 'tokens_src.npy' / 't0.npy').exists()
+
+
+def test_an_interruption_leaves_nothing(tmp_path):
+    command = [sys.executable, os.path.join(ROOT, 'prepare_data.py'), 'toy',
+               f'--out={tmp_path}/data/toy']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob('data/.preparing-*/new/*')) and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)   # workers are being forked, where Python ignores exceptions
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b'Traceback' not in said
+    assert os.listdir(tmp_path / 'data') == []
