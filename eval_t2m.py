@@ -46,8 +46,8 @@ mm_batches = 3               # batches of 32 captions x 30 motions for MModality
 sweep = ''                   # try decoding settings: cond_scale:1,2,3 (choose on --split=val)
 strata = False               # also Tables 5 and 6 of DynMask, and strata by length
 dynamics = False             # also pooled strata, and token cross-entropy by joint speed
-pooled = 10                  # dynamics: repeats whose embeddings are pooled for one FID
-confidence_of = ''           # dynamics: mask.pt whose confidence chooses masks, '' is the model's
+pooled = 10                  # dynamics: embeddings of this many repeats are pooled for one FID
+confidence_of = ''           # dynamics: mask.pt of the model that chooses masks, '' is the same
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
 # machine
@@ -92,6 +92,9 @@ else:
 # evaluator
 if evaluator == 'official' or init_from == 'momask' and not evaluator:
     dataset = 'kit' if data == 'kit' else 't2m'
+    if not momask_root:
+        raise UserError('The official evaluator needs --momask_root, the folder of the official '
+                        'weights.')
     judge = momask.evaluator(momask_root, dataset, glove_dir or None)
 else:
     path = evaluator or os.path.join(out_dir, 'evaluator.pt')
@@ -266,7 +269,7 @@ def conditional(model, ids, c, role, valid):
 
 def token_errors():
     """`error_by_speed` of the masked transformer, on the clips of the first repeat."""
-    judged_by, text = pipe, (c, role)   # whose confidence decides which tokens are masked
+    judged_by, text = pipe, (c, role)   # the model that decides which tokens are masked
     if confidence_of:
         judged_by = load_pipeline(os.path.dirname(confidence_of) or '.', run.device,
                                   os.path.basename(confidence_of))
@@ -345,7 +348,7 @@ per_repeat = n_clips + 30 * min(32 * mm_batches, n_clips)
 progress = tqdm(total=len(values) * repeats * per_repeat, desc='generated', mininterval=1,
                 unit=' motions', disable=pipe.mask is None)
 standing_height = foot_heights()
-per_fid, pooled_fids = min(pooled, repeats), []
+per_fid, pooled_fids = max(1, min(pooled, repeats)), []
 summary = {}
 for value in values:
     decoding[name] = value
@@ -371,7 +374,8 @@ write_results(result_path, rows=summary, **extra, val=pipe.val, settings=config,
               seconds=seconds, device=run.device, per_repeat=results)
 
 interval_note = '; mean ± 95% interval' if repeats > 1 else ''
-say(f'\n{data} {split}, {n_clips} clips, {repeats} repeats, {steps} steps, guidance '
+counted = f'{repeats} repeats' if repeats > 1 else '1 repeat'
+say(f'\n{data} {split}, {n_clips} clips, {counted}, {steps} steps, guidance '
     f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}{interval_note}\n')
 columns = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm',
            'accel m/s2', 'detectors', '1 action', '2 actions', '3 actions']

@@ -26,7 +26,7 @@ from lib.data import equal_lengths
 
 MAX_WORDS = 20   # later words of a caption are ignored
 POSITIONS = 22   # the words, sos and eos
-# Guo et al.'s word vectorizer: tags in one-hot order, and words whose tag overrides the tagger's
+# Guo et al.'s word vectorizer: tags in one-hot order, and words with a tag that overrides others
 WORD_TAGS = json.loads(Path(ROOT, 'config', 'word_tags.json').read_text())
 TAGS = WORD_TAGS['tags']
 VIP_WORDS = WORD_TAGS['vip_words']
@@ -256,7 +256,7 @@ class Evaluator(nn.Module):
     def load(cls, path, glove_dir=None):
         """The evaluator written by `save`, in eval mode. glove_dir: the folder of the GloVe files,
         if they have moved. UserError for a file that is missing, damaged, of another kind, or of an
-        evaluator whose training was interrupted."""
+        evaluator that is not fully trained."""
         data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first', 'evaluator',
                             ('config', 'mean', 'std', 'glove_dir', 'model', 'it', 'settings'))
         steps = data['settings']['ev_steps']
@@ -286,8 +286,8 @@ def fid(real, gen):
     """Frechet distance of the normal distributions fitted to real (N, d) and gen (M, d); N, M >= 2.
 
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2 (Heusel et al. 2017). The last trace is the sum
-    of the singular values of C1^1/2 C2^1/2, whose factors are roots of symmetric matrices (eigh).
-    No intermediate result can become complex, even if N < d and the covariances are singular."""
+    of the singular values of C1^1/2 C2^1/2, a product of roots of symmetric matrices (eigh). No
+    intermediate result can become complex, even if N < d and the covariances are singular."""
     means, roots, traces = [], [], []
     for x in (float64(real), float64(gen)):
         if len(x) < 2:

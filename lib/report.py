@@ -32,7 +32,7 @@ def table(header, rows):
 
 def refuse_other_files(path):
     """UserError unless results can be written to path: if a file is there, it must be one of
-    `write_results`, never a checkpoint or somebody's notes."""
+    `write_results`, never a checkpoint or notes."""
     must_be_writable(path)
     try:
         with open(path, encoding='utf-8') as f:
