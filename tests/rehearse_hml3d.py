@@ -92,7 +92,8 @@ def rehearse(folder, n_clips):
     cache_random_clip_vectors(prepared)
     for encoder in ('hash', 'clip'):
         measure(f'train_mask.py, 1 step, {encoder}, cached', folder, 'train_mask.py', config,
-                f'--text_encoder={encoder}', '--mask_iters=1', '--n_layers=1', '--batch_size=8')
+                f'--text_encoder={encoder}', '--mask_iters=1', '--n_layers=1', '--batch_size=8',
+                '--overwrite=True')
     n_bytes = sum(path.stat().st_size for path in prepared.iterdir())
     print(f'\n{n_clips:,} clips; data/{prepared.name} takes {n_bytes / 1e9:.2f} GB on disk')
 

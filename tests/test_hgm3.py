@@ -8,103 +8,35 @@ import torch.nn.functional as F
 import hgm3
 import model
 from generate import generate_base
-from lib import text
+from lib.text import caption_vectors
 from masking import mask_tokens
 from model import LossPredictor, MaskTransformer, ModelConfig
 
 SMALL = dict(n_codes=20, code_dim=8, n_quantizers=4, latent=24, n_layers=3, n_heads=3, ff=32)
-
-# what a person would draw: verb(role: words; ...) for each action, in order
-GRAPHS = {
-    # the toy set's grammar
-    'a/DET person/NOUN jump/VERB': 'jump(ARG0: a person)',
-    'someone/PRON wave/VERB with/ADP the/DET left/ADJ hand/NOUN slowly/ADV':
-        'wave(ARG0: someone; ARG2: with the left hand; MNR: slowly)',
-    'a/DET person/NOUN stroll/VERB ahead/ADV slowly/ADV then/ADV bounce/VERB on/ADP '
-    'one/NUM leg/NOUN':
-        'stroll(ARG0: a person; DIR: ahead; MNR: slowly) bounce(TMP: then; LOC: on one leg)',
-    'the/DET person/NOUN leap/VERB up/ADV and/CCONJ then/ADV jog/VERB ahead/ADV finally/ADV '
-    'sit/VERB down/ADV':
-        'leap(ARG0: the person; DIR: up) jog(TMP: then; DIR: ahead) sit(TMP: finally; DIR: down)',
-    'a/DET man/NOUN take/VERB a/DET seat/NOUN': 'take(ARG0: a man; ARG1: a seat)',
-    'the/DET person/NOUN shuffle/VERB to/ADP the/DET right/NOUN':
-        'shuffle(ARG0: the person; DIR: to the right)',
-    'a/DET person/NOUN raise/VERB both/DET hand/NOUN and/CCONJ after/ADP that/PRON bow/VERB':
-        'raise(ARG0: a person; ARG1: both hand) bow(TMP: after that)',
-    # HumanML3D's lines
-    'a/DET man/NOUN kick/VERB something/PRON or/CCONJ someone/PRON with/ADP his/DET left/ADJ '
-    'leg/NOUN':
-        'kick(ARG0: a man; ARG1: something; ARG1: someone; ARG2: with his left leg)',
-    'he/PRON is/AUX walk/VERB from/ADP the/DET door/NOUN to/ADP the/DET table/NOUN':
-        'walk(ARG0: he; ARG3: from the door; ARG4: to the table)',
-    'person/NOUN walk/VERB around/ADP in/ADP a/DET circle/NOUN':
-        'walk(ARG0: person; DIR: around; LOC: in a circle)',
-    'a/DET person/NOUN who/PRON sit/VERB stand/VERB up/ADV':
-        'sit(ARG0: a person who) stand(DIR: up)',
-    'a/DET figure/NOUN bend/VERB down/ADP while/SCONJ hold/VERB a/DET box/NOUN':
-        'bend(ARG0: a figure; DIR: down) hold(ARG1: a box)',
-    'the/DET man/NOUN run/VERB like/ADP a/DET child/NOUN':
-        'run(ARG0: the man; MNR: like a child)',
-    'walk/VERB forward/ADV': 'walk(DIR: forward)',
-    'a/DET man/NOUN wave/VERB and/CCONJ a/DET woman/NOUN bow/VERB':
-        'wave(ARG0: a man) bow(ARG0: a woman)',
-    'a/DET person/NOUN suddenly/ADV fall/VERB': 'fall(ARG0: a person; ADV: suddenly)',
-    # hard cases: no verb, unknown tags, nothing, twenty words
-    'a/DET slow/ADJ walk/NOUN': '',
-    '': '',
-    'a/X person/X walk/VERB zigzag/X': 'walk(ARG0: a person; ARG1: zigzag)',
-    'the/DET man/NOUN walk/VERB forward/ADV quickly/ADV then/ADV turn/VERB to/ADP the/DET '
-    'left/NOUN before/ADP sit/VERB down/ADV on/ADP a/DET chair/NOUN with/ADP his/DET hand/NOUN up/ADV':
-        'walk(ARG0: the man; DIR: forward; MNR: quickly) turn(TMP: then; DIR: to the left) '
-        'sit(TMP: before; DIR: down; LOC: on a chair; ARG2: with his hand; DIR: up)',
-}
-
-
-def drawn(nodes):
-    """[('walk', 2), ('a man', 3)] -> 'walk(ARG0: a man)'"""
-    actions = []
-    for words, role in nodes:
-        if role == text.ACTION:
-            actions.append((words, []))
-        else:
-            actions[-1][1].append(f'{text.EDGES[role - text.FIRST_EDGE]}: {words}')
-    return ' '.join(f'{verb}({"; ".join(said)})' for verb, said in actions)
-
-
-@pytest.mark.parametrize('tokens', GRAPHS)
-def test_graphs_by_hand(tokens):
-    assert drawn(text.caption_graph(tokens)) == GRAPHS[tokens]
-
-
-def test_prompts_get_the_tags_of_training_captions():
-    table = text.tag_table(GRAPHS)
-    tagged = text.tagged('A man is kicking with his left leg, then he walks.', table)
-    assert drawn(text.caption_graph(tagged)) == (
-        'kicking(ARG0: a man; ARG2: with his left leg) walks(TMP: then; ARG0: he)')
-    assert text.caption_graph(text.tagged('zorp', table)) == []
-
-
-def roles_of(tokens):
-    nodes = text.caption_graph(tokens)
-    return torch.tensor([[1, *(role for _, role in nodes)]])
-
+ROLE = torch.tensor([[1, 2, 3, 11, 2, 5, 0]])   # sentence, verb, two phrases, verb, phrase, nothing
+CAPTIONS = [
+    'a/DET person/NOUN jump/VERB',
+    'someone/PRON wave/VERB with/ADP the/DET left/ADJ hand/NOUN slowly/ADV',
+    'a/DET person/NOUN stroll/VERB ahead/ADV then/ADV bounce/VERB on/ADP one/NUM leg/NOUN',
+    'a/DET man/NOUN leap/VERB up/ADV then/ADV jog/VERB ahead/ADV finally/ADV sit/VERB down/ADV']
 
 def test_edges_are_those_of_the_tree():
-    role = torch.tensor([[1, 2, 3, 11, 2, 5, 0]])
-    kind = hgm3.edges(role)[0]
+    kind = hgm3.edges(ROLE)[0]
     expected = torch.full((7, 7), -1)
     for parent, child, edge in ((0, 1, 11), (0, 4, 11), (1, 2, 0), (1, 3, 8), (4, 5, 2)):
         expected[parent, child] = expected[child, parent] = edge
     assert torch.equal(kind, expected)
-    assert torch.equal(hgm3.edges(hgm3.visible_nodes(role, 1))[0], expected)   # hidden nodes stay in it
+    motion_only = hgm3.visible_nodes(ROLE, 1)
+    assert torch.equal(hgm3.edges(motion_only)[0], expected)   # hidden nodes stay in the graph
 
 
 def test_graph_attention_is_eqs_9_to_11():
+    """And the order of a verb's phrases does not matter."""
     torch.manual_seed(0)
     layer = hgm3.GraphAttention(6)
-    role = torch.tensor([[1, 2, 3, 11, 2, 5, 0]])
     c = torch.randn(1, 7, 6)
-    kind = hgm3.edges(role)[0]
+    C = layer(c, ROLE)
+    kind = hgm3.edges(ROLE)[0]
     h = c[0] @ layer.W.weight.T
     M, M_r = layer.M.weight[0], layer.M_r.weight
     for i in range(7):
@@ -117,29 +49,19 @@ def test_graph_attention_is_eqs_9_to_11():
                 e.append(F.leaky_relu(M @ both, 0.2) + F.leaky_relu(M_r[kind[i, j]] @ both, 0.2))
             weights = torch.stack(e).softmax(0)
             out = sum(w * h[j] for w, j in zip(weights, near))
-        assert (layer(c, role)[0, i] - (F.elu(out) + c[0, i])).abs().max() < 1e-6
-
-
-def test_order_of_specifics_and_padding_change_nothing():
-    torch.manual_seed(0)
-    layer = hgm3.GraphAttention(6)
-    role = torch.tensor([[1, 2, 3, 11, 2, 5, 0]])
-    c = torch.randn(1, 7, 6)
-    C = layer(c, role)
-    other = [0, 1, 3, 2, 4, 5, 6]   # the first action's two specifics change places
-    assert (layer(c[:, other], role[:, other]) - C[:, other]).abs().max() < 1e-6
-    longer = torch.cat([c, torch.randn(1, 3, 6)], 1)
-    assert (layer(longer, F.pad(role, (0, 3)))[:, :7] - C).abs().max() < 1e-6
+        assert (C[0, i] - (F.elu(out) + c[0, i])).abs().max() < 1e-6
+    other = [0, 1, 3, 2, 4, 5, 6]
+    assert (layer(c[:, other], ROLE[:, other]) - C[:, other]).abs().max() < 1e-6
 
 
 def test_levels():
-    role = torch.tensor([[1, 2, 3, 11, 2, 5, 0]])
     for level, shown in ((1, [0]), (2, [0, 1, 4]), (3, [0, 1, 2, 3, 4, 5])):
-        visible = hgm3.visible_nodes(role, level)
+        visible = hgm3.visible_nodes(ROLE, level)
         assert (visible[0] > 0).nonzero()[:, 0].tolist() == shown
-        assert torch.equal(visible.abs(), role)
-        assert torch.equal(hgm3.visible_nodes(visible, 3), role)
-    assert [hgm3.decoding_level(step) for step in range(10)] == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3]   # Eq 14
+        assert torch.equal(visible.abs(), ROLE)
+        assert torch.equal(hgm3.visible_nodes(visible, 3), ROLE)
+    decoding = [hgm3.decoding_level(step) for step in range(10)]          # Eq 14
+    assert decoding == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
     assert [hgm3.training_level(step) for step in range(4)] == [1, 2, 3, 1]
 
 
@@ -147,8 +69,7 @@ def test_levels():
 def small():
     torch.manual_seed(0)
     config = ModelConfig(**SMALL, graph=True, spectral_attn=False, dropout=0.0)
-    tokens = list(GRAPHS)[:4]
-    c, role = text.caption_vectors(tokens, 'hash', 'graph', tokens)
+    c, role = caption_vectors(CAPTIONS, 'hash', 'graph', CAPTIONS)
     valid = torch.arange(12) < torch.tensor([12, 5, 9, 12])[:, None]
     return MaskTransformer(config, torch.randn(20, 8)).eval(), c, role, valid
 
@@ -246,25 +167,17 @@ def batch():
     return ids, torch.randn(6, 1, 512, generator=g), torch.ones(6, 1, dtype=torch.int8), valid
 
 
-def loss_of(miner):
-    ids, c, role, valid = batch()
-    masked, chosen = mask_tokens(miner.reconstructor, ids, c, valid, 'random',
-                                 generator=torch.Generator().manual_seed(0))
-    targets = torch.where(chosen, ids, -100)
-    loss = miner(masked, c, role, valid, targets, chosen.sum(), None, ids)
-    alone = miner.reconstructor(masked, c, role, valid, targets)
-    return loss, alone
-
-
 def test_gradients_of_the_two_losses_do_not_mix():
     miner = mining()
-    loss, alone = loss_of(miner)
-    loss.backward()
+    ids, c, role, valid = batch()
+    masked, chosen = mask_tokens(miner.reconstructor, ids, c, valid, 'random')
+    targets = torch.where(chosen, ids, -100)
+    miner(masked, c, role, valid, targets, chosen.sum(), None, ids).backward()
     ours = [p.grad.clone() for p in miner.reconstructor.parameters()]
     assert any(p.grad.abs().max() > 0 for p in miner.student.parameters())
     assert all(p.grad is None for p in miner.teacher.parameters())
     miner.zero_grad()
-    alone.backward()
+    miner.reconstructor(masked, c, role, valid, targets).backward()
     for p, before in zip(miner.reconstructor.parameters(), ours):
         assert torch.equal(p.grad, before)   # F's gradient is MoMask's, bit for bit
     assert all(p.grad is None for p in miner.student.parameters())
@@ -329,8 +242,3 @@ def test_without_hard_tokens_it_is_momask_to_the_bit():
         weights.append(copy.deepcopy(model.state_dict()))
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
-
-
-def test_roles_have_the_same_numbers_in_both_files():
-    assert (hgm3.MOTION, hgm3.ACTION, hgm3.FIRST_EDGE) == (text.MOTION, text.ACTION, text.FIRST_EDGE)
-    assert hgm3.N_EDGES == len(text.EDGES) and text.EDGES[-1] == 'MA'

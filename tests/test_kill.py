@@ -1,5 +1,5 @@
-"""A run that is killed five times ends like one that is not. tests/kill_all.py does 20 kills of each
-stage."""
+"""A run that is killed five times ends like one that is not. tests/kill_all.py kills each stage 20
+times."""
 from kill_all import kill_and_resume
 from test_train import folder   # noqa: F401
 

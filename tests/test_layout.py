@@ -32,7 +32,7 @@ def is_script(path):
         return bool(settings_lines(path)) or "__name__ == '__main__'" in f.read()
 
 
-def test_arrows_go_one_way():
+def test_nothing_imports_a_script_and_lib_imports_nothing_above_it():
     scripts = {name for name, path in TOP.items() if is_script(path)}
     assert {'train_vq', 'train_mask', 'sample', 'eval_t2m', 'prepare_data'} <= scripts
     for path in LIB:
@@ -41,7 +41,7 @@ def test_arrows_go_one_way():
         assert not imports(path) & scripts, path
 
 
-def test_the_model_stands_by_itself():
+def test_model_imports_few_files():
     code = 'import sys; import model; print(*sorted(sys.modules))'
     out = subprocess.run([sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True,
                          check=True).stdout.split()

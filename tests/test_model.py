@@ -18,10 +18,9 @@ import model
 import momask
 import msd
 from generate import Pipeline, generate_base, generate_residual, guided, sample
-from lib import fast, text
+from lib import fast
 from lib.configurator import UserError
 from lib.fast import dropout
-from lib.runtime import load, save
 from masking import mask_tokens
 from model import Attention, LengthEstimator, MaskTransformer, ModelConfig, ResTransformer
 from vq import RVQVAE, VQConfig
@@ -168,8 +167,7 @@ def test_official_pipeline(data):
     assert [len(motion) for motion in motions] == [40, 16, 28]
     assert all(np.isfinite(motion).all() for motion in motions)
     lengths = pipe.lengths(c, role)
-    assert (lengths >= 1).all()
-    assert (lengths <= 49).all()
+    assert 1 <= lengths.min() and lengths.max() <= 49
 
 
 @needs_golden
@@ -235,10 +233,8 @@ def test_vq_shapes_and_straight_through():
     x = torch.randn(2, 32, 263)
     vq.init_codebooks(x, seeded(0))
     y, commit, ids, seen = vq(x)
-    assert y.shape == x.shape
-    assert ids.shape == (2, 8, 3)
-    assert commit > 0
-    assert len(seen) == 3
+    assert y.shape == x.shape and ids.shape == (2, 8, 3)
+    assert commit > 0 and len(seen) == 3
     y.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vq.parameters())
     assert vq.encode(x).shape == (2, 8, 3)
@@ -264,10 +260,8 @@ def test_features_of_zero_variance_stay_small():
     std = torch.ones(263)
     std[50:60] = 0
     vq = RVQVAE(small_vq().config, torch.zeros(263), std)
-    x = vq.normalize(torch.zeros(2, 32, 263))
-    assert x.isfinite().all()
-    assert x.abs().max() < 10
-    assert vq.denormalize(x).abs().max() < 1e-3
+    assert vq.normalize(1e-4 * torch.ones(2, 32, 263)).abs().max() < 10
+    assert vq.denormalize(torch.zeros(2, 32, 263)).abs().max() < 1e-3
 
 
 def test_features_do_not_depend_on_padding():
@@ -370,26 +364,15 @@ def test_motion_aware_attention_equals_plain(fusion, rotary, seed, forms_logits,
 
 
 @torch.no_grad()
-def test_rotary_logits_depend_on_distance_only():
-    """The logit of a query and a key depends on their distance, not on their places. All text
-    tokens have place 0, however many there are."""
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+def test_rotary_places():
+    """All text tokens have place 0, however many there are, and motion tokens have 1, 2, ..."""
     table = model.rotary_table(30, 8)
-    qs, ks = model.rotate(q.expand(1, 1, 30, 8), table), model.rotate(k.expand(1, 1, 30, 8), table)
-    A = (qs @ ks.mT)[0, 0]
-    for apart in range(-5, 6):
-        assert A.diagonal(apart).std() < 1e-5
-    assert A[0].std() > 0.1
-    assert torch.equal(model.rotate(q, table[:, :1]), q)
-
     m = small_mask(rotary=True, spectral_attn=False).eval()
     seen = []
     for layer in m.trunk.layers:
         layer.attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[-1]))
     for pieces in (1, 4):
-        c = torch.randn(2, pieces, 512)
-        m(torch.randint(20, (2, 9)), c, torch.ones(2, pieces), first_of(9, torch.tensor([9, 5])))
+        m(torch.randint(20, (2, 9)), *texts(2, pieces), first_of(9, [9, 5]))
         assert torch.equal(seen[-1][:, :pieces], table[:, :1].expand(-1, pieces, -1))
         assert torch.equal(seen[-1][:, pieces:], table[:, 1:10])
 
@@ -571,13 +554,10 @@ def test_dropout_keeps_the_mean():
 def test_learned_embedding_feeds_msd_without_gradient():
     m = MaskTransformer(ModelConfig(**SMALL, msd_embed='learned'))
     ids = torch.randint(20, (2, 10))
-    f, seen = m.spectrum(ids)
-    assert seen.all()
+    f, _ = m.spectrum(ids)
     assert not f.requires_grad
-    before = f.clone()
-    with torch.no_grad():
-        m.token_emb.weight.normal_()
-    assert worst(before, m.spectrum(ids)[0]) > 1e-3
+    torch.nn.init.normal_(m.token_emb.weight)
+    assert worst(f, m.spectrum(ids)[0]) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------ masking
@@ -618,8 +598,7 @@ def test_generate(das_sampling, msd_decode, small):
     def make(seed, **more):
         ids = generate_base(m, c, role, n, das_sampling=das_sampling, msd_decode=msd_decode,
                             generator=seeded(seed), **more)
-        assert (ids[valid] >= 0).all()
-        assert (ids[valid] < 20).all()
+        assert 0 <= ids[valid].min() and ids[valid].max() < 20
         assert (ids[~valid] == m.PAD).all()
         return ids
 
@@ -657,8 +636,7 @@ def test_known_tokens_stay(das_sampling, given, pipe, small):
     ids = make(0)
     kept = valid[..., None] & (known >= 0)
     assert torch.equal(ids[kept], known[kept])
-    assert (ids[valid] >= 0).all()
-    assert (ids[valid] < 20).all()
+    assert 0 <= ids[valid].min() and ids[valid].max() < 20
     assert (ids[~valid] == 0).all()
     assert torch.equal(ids, make(1)) == (given == 'all')
     assert torch.equal(ids, make(0, None)) == (given == 'nothing')
@@ -694,8 +672,7 @@ def test_edit_changes_the_spans_only(n, spans, pipe):
     edited = make(1)
     assert torch.equal(edited[~inside], ids[~inside])
     assert not torch.equal(edited, ids)
-    assert edited.min() >= 0
-    assert edited.max() < 20
+    assert 0 <= edited.min() and edited.max() < 20
     assert not torch.equal(edited, make(2))
     assert make(1, res_layers=0).shape == (n, 1)
 
@@ -747,8 +724,6 @@ def test_one_graph_for_all_steps_and_lengths():
 
     m.eval()
     c, role = texts(2)
-    # generate_base itself stays eager; the forward that it calls compiles
-    generate_base(m, c, role, torch.tensor([4, 9]))
     step = torch.compile(m, backend=count, fullgraph=True)
     before = len(graphs)
     with torch.no_grad():
@@ -782,127 +757,14 @@ def test_guidance_at_scale_1_is_the_conditional_pass(spectral):
     assert worst(guided(m, 4, ids, c, role, valid, spectrum)[valid], both[valid]) > 1e-3
 
 
-def test_unconditional_logits_do_not_depend_on_the_number_of_clauses(small):
-    m = small[0]
-    n = torch.tensor([8, 8])
+@torch.no_grad()
+def test_unconditional_logits_do_not_depend_on_the_text():
+    """At scale 0 guidance is the unconditional pass, whatever the text and its clauses."""
+    torch.manual_seed(0)
+    m = small_mask().eval()
+    ids = torch.full((2, 8), m.MASK)
     c = torch.randn(2, 4, 512)
     role = torch.tensor([[True, True, False, False], [True, True, True, True]])
-    seen = []
-    forward = m.forward
-
-    def remember(*arguments, **more):
-        seen.append(forward(*arguments, **more))
-        return seen[-1]
-
-    m.forward = remember
-    generate_base(m, c, role, n, steps=1)
-    m.forward = forward
-    cond, uncond = seen[0].chunk(2)
-    assert worst(uncond[0], uncond[1]) < 1e-5
-    assert worst(cond[0], cond[1]) > 1e-3
-
-
-# -------------------------------------------------------------------------------------- text, files
-
-
-def test_hashed_text():
-    """The vector of a caption depends on the order of its words, not on punctuation, inflection or
-    other captions."""
-    def vector(caption):
-        return text.caption_vectors([caption], 'hash')[0][0, 0]
-
-    captions = ['a person walks then kicks', 'a person kicks then walks',
-                'A person walks, then kicks.']
-    c, role = text.caption_vectors(captions, 'hash')
-    assert c.shape == (3, 1, 512)
-    assert role.shape == (3, 1)
-    assert role.all()
-    walks, kicks, again = c[:, 0]
-    assert torch.equal(walks, again)
-    assert torch.equal(walks, vector(captions[0]))
-    assert worst(walks, kicks) > 0.1
-    assert abs(walks.norm() - 512 ** 0.5) < 1e-3
-    assert torch.equal(vector('a person jogs'), vector('the person is jogging'))
-    assert torch.equal(vector('raises arms'), vector('raising his arms'))
-    assert worst(vector('a person jogs'), vector('a person jumps')) > 0.1
-
-
-def test_clauses():
-    clauses = text.clauses
-    assert clauses('a person walks forward, then kicks with the left leg') == [
-        'a person walks forward', 'kicks with the left leg']
-    assert clauses('he turns around and, after that, sits down before waving.') == [
-        'he turns around', 'sits down', 'waving']
-    assert clauses('First she runs; finally she stands') == ['she runs', 'she stands']
-    assert clauses('a thenar andante') == ['a thenar andante']   # words, not parts of words
-    assert clauses(' , and then!') == []
-    _, index, _ = text.encode_captions(['walks, ' * 100], 'hash', 'clauses')
-    assert index.shape == (1, 1 + text.MOST_TOKENS)
-
-
-@pytest.mark.parametrize('mode', ['sentence', 'clauses'])
-def test_condition_tokens(mode):
-    """The first condition token is the sentence, and a text that captions share is stored once."""
-    captions = ['a man walks, then jumps', 'a man walks', 'jumps']
-    vectors, index, role = text.encode_captions(captions, 'hash', mode)
-    c, _ = text.caption_vectors(captions, 'hash', mode)
-    assert torch.equal(c, vectors[index])
-    assert torch.equal(role > 0, index > 0)
-    sentences, _ = text.caption_vectors(captions, 'hash')
-    assert torch.equal(c[:, :1], sentences)
-    assert not vectors[0].any()
-    expected = {'sentence': [1, 1, 1], 'clauses': [3, 2, 2]}[mode]
-    assert role.sum(1).tolist() == expected
-    assert len(vectors) == 1 + 3   # "a man walks", "jumps" and the long sentence
-    if mode == 'clauses':
-        assert index[0, 2] == index[2, 0]   # "jumps" as a clause and as a sentence
-
-
-def test_clip_tower_and_its_cache(tmp_path):
-    """open_clip with random weights, so that nothing is downloaded."""
-    open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
-    torch.manual_seed(0)
-    tower = text.clip_tower(pretrained=None)
-    calls = []
-
-    def counting_tower(captions):
-        calls.append(len(captions))
-        return tower(captions)
-
-    def encode(captions):
-        c, role = text.caption_vectors(captions, 'clip', cache=str(tmp_path),
-                                       tower=lambda device: counting_tower)
-        assert role.shape == c.shape[:2]
-        assert role.all()
-        return c
-
-    x = encode(['a person walks', 'a person runs', 'a person walks'])
-    assert x.shape == (3, 1, 512)
-    assert torch.equal(x[0], x[2])
-    assert worst(x[0], x[1]) > 1e-3
-    assert abs(x[0].norm() - 1) > 1e-2   # un-normalized, as in MoMask
-    y = encode(['a person walks', 'a person jumps'])
-    assert torch.equal(x[0], y[0])
-    assert calls == [2, 1]               # only the new caption was encoded
-
-    torch.manual_seed(0)
-    whole = open_clip.create_model('ViT-B-32-quickgelu', pretrained=None).eval()
-    long = 'a person, having run for a while, sits down on the floor and ' + 'waits and ' * 60
-    captions = ['a person walks', long, '']
-    ids = open_clip.get_tokenizer('ViT-B-32-quickgelu')(captions)
-    with torch.no_grad():
-        for n in (1, 3):   # the tower pads to its longest caption only
-            assert worst(tower(captions[:n]), whole.encode_text(ids[:n])) < 1e-4
-
-
-def test_files_are_whole_or_absent(tmp_path):
-    path = str(tmp_path / 'a.pt')
-    save({'x': torch.ones(2)}, path)
-    assert load(path, '')['x'].sum() == 2
-    assert os.listdir(tmp_path) == ['a.pt']
-    with open(path, 'r+b') as f:
-        f.truncate(100)
-    with pytest.raises(UserError, match='a.pt cannot be read'):
-        load(path, '')
-    with pytest.raises(UserError, match='b.pt is missing.*run this first'):
-        load(str(tmp_path / 'b.pt'), 'run this first')
+    no_text, text = (guided(m, scale, ids, c, role, first_of(8, [8, 8])) for scale in (0, 1))
+    assert worst(no_text[0], no_text[1]) < 1e-5
+    assert worst(text[0], text[1]) > 1e-3

@@ -15,14 +15,14 @@ METHOD = set('''quantize_dropout vq_reset_below vq_batch vq_lr vq_warmup w_posit
     optimizer lr warmup grad_clip cond_drop steps cond_scale res_scale top_share temperature anneal
     res_temperature res_layers das_sampling'''.split())
 # without effect unless a part of DynMask is on
-DYNMASK = set('''window alpha0 fusion msd_embed msd_gap omega msd_attn cfs_lambda cfs_noise cfs_share
-    cfs_ramp r_exp lambda_D beta sigma_max msd_decode'''.split())
+DYNMASK = set('''window alpha0 fusion msd_embed msd_gap omega msd_attn cfs_lambda cfs_noise
+    cfs_share cfs_ramp r_exp lambda_D beta sigma_max msd_decode'''.split())
 # of the data, the size, the length of training and the machine; weight decay is 0 for the tokenizer
 # and 1e-5 for the transformers by default, as in MoMask's code
-NOT_IN_A_PRESET = set('''data out_dir vq stage init_from overwrite seed text_encoder n_codes code_dim
-    n_quantizers vq_width vq_depth latent n_layers n_heads ff vq_iters mask_iters res_iters len_iters
-    window_frames batch_size weight_decay vq_eval_every eval_every log_every device dtype compile
-    mask_file momask_root momask_mask momask_res'''.split())
+NOT_IN_A_PRESET = set('''data out_dir vq stage init_from overwrite seed text_encoder n_codes
+    code_dim n_quantizers vq_width vq_depth latent n_layers n_heads ff vq_iters mask_iters res_iters
+    len_iters window_frames batch_size weight_decay vq_eval_every eval_every log_every device dtype
+    compile mask_file momask_root momask_mask momask_res'''.split())
 
 
 def preset(name):

@@ -39,7 +39,7 @@ SCRIPTS = [os.path.basename(path) for path in sorted(glob.glob(os.path.join(PROJ
 
 
 def commands(path):
-    """The command lines of a text, each as a list of words, and what it says to make (-> file)."""
+    """The command lines of a page or a docstring -> [(words, files that it says it makes)]."""
     text = text_of(path)
     if path.endswith('.py'):
         text = text.split('"""')[1]
@@ -48,7 +48,7 @@ def commands(path):
     found = []
     for line in COMMAND.findall(text) + INLINE.findall(text):
         line = re.sub(r'\$(\w)', lambda match: variables[match[1]], line)
-        words = shlex.split(re.split('   +', line)[0], comments=True)   # a remark begins there
+        words = shlex.split(re.split('   +', line)[0], comments=True)   # a comment begins there
         name, equals, value = words[0].partition('=')
         if equals:
             variables[name] = value
@@ -102,8 +102,8 @@ def recipe(target):
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch):
-    """From make demo to the last one on toy, in their order: a few clips, a few steps. What they
-    say they make is there."""
+    """From make demo to the last command on toy, in order, with few clips and few steps. The files
+    that the README says they make must exist."""
     shutil.copytree(os.path.join(PROJECT, 'config'), tmp_path / 'config')
     few = ('length = 16\nmax_clips = 32\nclips = 2\nsteps = 2\nmm_batches = 0\n'
            'vq_iters = 2\nmask_iters = 2\nres_iters = 2\nlen_iters = 2\nev_steps = 2\n')
@@ -120,16 +120,17 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
         if words[0] == 'make':
             continue
         script, arguments = split(words)
+        left_out = (script in ('study.py', 'app.py') or 'out/mine' in str(words)   # hours, endless,
+                    or words[1:] in done)                                         # the fork's, done
         if script == 'prepare_data.py' and arguments == ['toy'] and not done:
             prepare_data.main(arguments)
-        elif ('config/toy.py' in arguments and script not in ('study.py', 'app.py')
-              and words[1:] not in done and 'out/mine' not in str(words)):   # hours; endless; the fork's
+        elif 'config/toy.py' in arguments and not left_out:
             once = ['--repeats=1'] if script == 'eval_t2m.py' else []
             code, out, err = run_script(tmp_path, script, *arguments, *once)
             assert code == 0, f'{" ".join(words)}\n{out}{err}'
             assert all(os.path.exists(path) for path in made), words
         done.append(words[1:])
-        if script == 'sample.py':            # three motions that a user has by now
+        if script == 'sample.py':   # files that later commands name
             motion = sorted(glob.glob('out/toy/samples/*.npy'))[0]
             for name in ('walk.npy', 'a.npy', 'b.npy'):
                 shutil.copy(motion, name)
@@ -160,7 +161,7 @@ def test_the_fork_of_the_readme(tmp_path):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_shows_every_setting(script):
-    """With its default and its comment, from the one place where they are written."""
+    """With its default and its comment, as in the source."""
     code, shown, _ = run_script(PROJECT, script, '--help')
     assert code == 0
     assert text_of(script).split('"""')[1].strip() in shown

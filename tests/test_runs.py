@@ -1,5 +1,5 @@
-"""What a run does to a folder that is not its own, to a checkpoint when it diverges, and what it
-says about places that it cannot write."""
+"""Runs never damage another run's files, and keep their own checkpoints when they diverge. Places
+that cannot be written are refused before the work."""
 import json
 import os
 import shutil
@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, run_script
 from test_damage import sentence
-from test_train import CONFIG, folder, load, out_dir, run, train   # noqa: F401
+from test_train import CONFIG, folder, load, out_dir, run, run_script_with, train   # noqa: F401
 
 from lib import runtime
 from lib.data import digest
@@ -22,7 +21,7 @@ SETTINGS = dict(init_from='scratch', overwrite=False, lr=1e-3, weight_decay=1e-5
 
 
 def start(folder, identity=dict(data_hash='d', vq_hash='v'), **changes):
-    """The start of a run; its lock is given back."""
+    """Open a run and release its lock."""
     settings = {**SETTINGS, **changes}
     try:
         return runtime.open_run(MAIN, folder, 'mask', settings, settings['mask_iters'], **identity)
@@ -35,17 +34,16 @@ def save_run(folder, name='mask_last.pt', **changes):
     runtime.save({**checkpoint, **changes}, folder / name)
 
 
-# ------------------------------------------------------------------------------ whose folder it is
+# ------------------------------------------------------------------------- folders of other runs
 
 
 @pytest.mark.parametrize('name', ['mask.pt', 'mask_last.pt'])
 def test_a_run_from_scratch_leaves_another_alone(tmp_path, name):
     assert start(tmp_path) is None
     save_run(tmp_path, name)
-    said = (f'{name} exists, step 70 of {time.strftime("%Y-")}', '--init_from',
-            '--overwrite=True')
-    sentence(lambda: start(tmp_path), *said)
-    sentence(lambda: start(tmp_path, lr=2e-3), 'lr was 0.001, now 0.002', *said)
+    facts = (name, 'step 70', time.strftime('%Y-'), '--init_from', '--overwrite=True')
+    sentence(lambda: start(tmp_path), *facts)
+    sentence(lambda: start(tmp_path, lr=2e-3), 'lr was 0.001, now 0.002', *facts)
     assert start(tmp_path, overwrite=True) is None
     (tmp_path / name).write_bytes(b'of another program')
     sentence(lambda: start(tmp_path), name)
@@ -53,18 +51,19 @@ def test_a_run_from_scratch_leaves_another_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('weight_decay', 0.5), ('text_encoder', 'clip'), ('seed', 1), ('lr', 2e-3)])
+    ('weight_decay', 0.5), ('text_encoder', 'clip'), ('seed', 1), ('lr', 2e-3),
+    ('data_hash', 'other'), ('vq_hash', 'other')])
 def test_resume_refuses_another_run(tmp_path, key, value):
     save_run(tmp_path)
-    sentence(lambda: start(tmp_path, init_from='resume', **{key: value}),
-             f'{key} was {SETTINGS[key]}, now {value}', 'step 70')
+    identity = {name: value if name == key else name[0] for name in ('data_hash', 'vq_hash')}
+    changes = {} if key in identity else {key: value}
+    sentence(lambda: start(tmp_path, identity, init_from='resume', **changes), f'{key} was',
+             f'now {value}', 'step 70')
 
 
-def test_resume_refuses_other_data_and_tokens(tmp_path):
+def test_resume_refuses_fewer_steps_than_done(tmp_path):
     save_run(tmp_path)
-    for key in ('data_hash', 'vq_hash'):
-        identity = {**dict(data_hash='d', vq_hash='v'), key: 'other'}
-        sentence(lambda: start(tmp_path, identity, init_from='resume'), f'{key} was')
+    sentence(lambda: start(tmp_path, init_from='resume', mask_iters=60), '70 steps', '60')
 
 
 def test_what_resume_may_change(tmp_path):
@@ -76,20 +75,17 @@ def test_what_resume_may_change(tmp_path):
 
 
 def test_resume_of_an_older_checkpoint(tmp_path):
-    """From before there was a hash of the data, and some of the settings."""
+    """It has no hash of the data and lacks a setting."""
     older = {key: value for key, value in SETTINGS.items() if key != 'overwrite'}
     checkpoint = dict(kind='mask', it=70, model={}, settings=older, vq_hash='v')
     torch.save(checkpoint, tmp_path / 'mask_last.pt')
     assert start(tmp_path, init_from='resume')['it'] == 70
 
 
-@pytest.mark.parametrize('checkpoint, words', [
-    (dict(kind='vq'), 'holds vq, expected mask'),
-    (dict(kind='mask', it=1, model={}), 'lacks the entry settings'),
-    ([1], 'it is not a checkpoint')])
-def test_resume_of_something_else(tmp_path, checkpoint, words):
+@pytest.mark.parametrize('checkpoint', [dict(kind='vq'), dict(kind='mask', it=1, model={}), [1]])
+def test_resume_of_something_else(tmp_path, checkpoint):
     torch.save(checkpoint, tmp_path / 'mask_last.pt')
-    sentence(lambda: start(tmp_path, init_from='resume'), 'mask_last.pt', words)
+    sentence(lambda: start(tmp_path, init_from='resume'), 'mask_last.pt')
 
 
 def test_the_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
@@ -125,11 +121,6 @@ def test_a_lock_that_was_removed_stops_the_next_save(tmp_path):
     assert torch.load(tmp_path / 'mask.pt')['a'] == 1
 
 
-def test_resume_with_fewer_steps_than_done(tmp_path):
-    save_run(tmp_path)
-    sentence(lambda: start(tmp_path, init_from='resume', mask_iters=60), 'has 70 steps', '60')
-
-
 @pytest.mark.parametrize('stage, files', [
     ('vq', ['vq.pt', 'vq_last.pt']), ('mask', ['vq.pt', 'mask.pt', 'mask_last.pt']),
     ('eval', ['evaluator.pt'])])
@@ -159,56 +150,47 @@ def test_resume_on_other_data(folder):   # noqa: F811
 # -------------------------------------------------------------------------------------- divergence
 
 DIVERGE = '''
-import runpy
-import sys
-
-from lib import evaluator
 import model
 import vq
+from lib import evaluator
 
-kind, step, mode, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
-owner, name = {'mask': (model.MaskTransformer, 'forward'), 'vq': (vq.RVQVAE, 'forward'),
-               'eval': (evaluator.Evaluator, 'encode_motion')}[kind]
+owner, name = {{'mask': (model.MaskTransformer, 'forward'), 'vq': (vq.RVQVAE, 'forward'),
+               'eval': (evaluator.Evaluator, 'encode_motion')}}['{stage}']
 original = getattr(owner, name)
 calls = 0
 
 
-def forward(self, *inputs, **named):
+def diverge(self, *inputs, **named):
     global calls
     out = original(self, *inputs, **named)
-    if self.training == (mode == 'training'):
-        calls += 1
-        if calls >= step:
-            return out * float('nan') if kind != 'vq' else (out[0] * float('nan'), *out[1:])
-    return out
+    calls += self.training == ('{mode}' == 'training')
+    if calls < {call}:
+        return out
+    nan = float('nan')
+    return (out[0] * nan, *out[1:]) if isinstance(out, tuple) else out * nan
 
 
-setattr(owner, name, forward)
-runpy.run_path(sys.argv[0], run_name='__main__')
+setattr(owner, name, diverge)
 '''
 
 
-@pytest.mark.parametrize('stage, mode, call, words, step', [
-    ('mask', 'training', 10, 'The loss is nan at step 9', 6),   # the first call counts FLOPs
-    ('mask', 'validation', 4, 'The validation error is nan at step 12', 6),
-    ('vq', 'training', 10, 'The loss is nan at step 9', 6),
-    ('vq', 'validation', 5, 'The validation error is nan at step 12', 6),
-    ('eval', 'training', 3, 'The loss is nan at step 3', 2),
-    ('eval', 'validation', 2, 'a metric was given NaN', 0)])
-def test_divergence_spares_checkpoints(folder, stage, mode, call, words, step):   # noqa: F811
+@pytest.mark.parametrize('stage, mode, call, fact, step', [
+    ('mask', 'training', 10, 'nan at step 9', 6),   # the first call counts FLOPs
+    ('mask', 'validation', 4, 'nan at step 12', 6),
+    ('vq', 'training', 10, 'nan at step 9', 6),
+    ('vq', 'validation', 5, 'nan at step 12', 6),
+    ('eval', 'training', 3, 'nan at step 3', 2),
+    ('eval', 'validation', 2, 'NaN', 0)])
+def test_divergence_spares_checkpoints(folder, stage, mode, call, fact, step):   # noqa: F811
+    """From that call on, the network returns NaN. The sentence names clips of the batch."""
     out = out_dir(folder, f'nan_{stage}_{mode}', *['vq.pt'][stage != 'mask':])
-    script = folder / f'diverge_{stage}_{mode}.py'
-    script.write_text(DIVERGE)
-    name, *settings = train(stage)
-    if stage == 'eval':
-        settings.append('--ev_eval_every=2')
-    else:
-        settings.append('--log_every=50')   # it diverges between two logs
-    code, _, said = run_script(folder, str(script), stage, str(call), mode,
-                               os.path.join(PROJECT, name), *settings, f'--out_dir={out}')
+    # the loss is looked at when it is logged, here only at evaluations
+    rarely = '--ev_eval_every=2' if stage == 'eval' else '--log_every=50'
+    code, _, err = run_script_with(DIVERGE.format(stage=stage, mode=mode, call=call), folder,
+                                   *train(stage), f'--out_dir={out}', rarely)
     assert code == 2
-    assert words in said.splitlines()[-1]
-    assert stage == 'eval' and mode == 'validation' or 'clip' in said.split(words)[1]
+    assert fact in err.splitlines()[-1]
+    assert step == 0 or 'clip' in err.split(fact)[1]
     for file in os.listdir(folder / out):
         if file.endswith('.pt') and not (stage == 'mask' and file == 'vq.pt'):
             saved = load(folder / out / file)
@@ -229,21 +211,15 @@ def test_places_are_looked_at_before_the_work(folder):   # noqa: F811
     for path in ('a_folder.json', '/proc/x/y.json'):
         said = run(folder, *evaluate, f'--eval_json={path}', ok=False)
         assert path in said and 'generated' not in said
-    for stage in ('vq', 'mask', 'eval'):
-        vq = '--data=tiny' if stage == 'eval' else '--data=tiny --vq=out/tiny/vq.pt'
-        command = [*train(stage), *vq.split()[:2 if stage == 'mask' else 1]]
+    for command in (train('vq'), train('eval'), [*train('mask'), '--vq=out/tiny/vq.pt']):
         said = run(folder, *command, '--out_dir=a_file/out', ok=False)
         assert 'a_file/out' in said and 'step' not in said
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'a person \xff walks', "'utf-8' codec"), ('walks#²'.encode(), "'²' behind # is not"),
-    (b'walks#' + b'9' * 5000, 'behind # is not a number'), (b' \n', 'holds no prompt'),
-    (None, 'it is not a file'), ('человек идёт'.encode(), 'no word for the hash')])
-def test_prompt_files(folder, content, words):   # noqa: F811
-    path = folder / f'prompts_{abs(hash(content))}.txt'
-    if content is None:
-        os.mkdir(path)
-    else:
-        path.write_bytes(content)
-    assert words in run(folder, 'sample.py', CONFIG, f'--prompts={path.name}', ok=False)
+@pytest.mark.parametrize('content, fact', [
+    (b'a person \xff walks', 'bad_16.txt'), ('walks#²'.encode(), '²'), (b' \n', 'bad_2.txt'),
+    (b'walks#' + b'9' * 5000, 'bad_5006.txt'), ('человек идёт'.encode(), 'человек')])
+def test_prompt_files(folder, content, fact):   # noqa: F811
+    name = f'bad_{len(content)}.txt'
+    (folder / name).write_bytes(content)
+    assert fact in run(folder, 'sample.py', CONFIG, f'--prompts={name}', ok=False)

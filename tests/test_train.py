@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +78,15 @@ def run(folder, *command, ok=True, launcher=None):
         assert code == 2 and 'Traceback' not in out + err, out + err
         assert len(err.strip().splitlines()) == 1, err
     return out + err
+
+
+def run_script_with(hook, folder, *command):
+    """Run a script after the lines `hook`, which change modules -> exit code, stdout, stderr."""
+    start = 'sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")\n'
+    with tempfile.NamedTemporaryFile('w', suffix='.py') as script:
+        script.write(f'import runpy\nimport sys\n{hook}\n{start}')
+        script.flush()
+        return run_script(folder, script.name, os.path.join(PROJECT, command[0]), *command[1:])
 
 
 def load(path):
@@ -281,13 +291,11 @@ def test_official_checkpoints(folder):
     """DynMask's decoding is off for them unless it is asked for."""
     official = ['--init_from=momask', f'--momask_root={GOLDEN}', '--text_encoder=hash']
     command = ['sample.py', *official, '--prompt=a man kicks', '--length=40']
-    made = []
-    for name, *more in (('official',), ('off', '--das_sampling=False'),
-                        ('on', '--das_sampling=True')):
-        run(folder, *command, f'--samples_dir={name}', *more)
-        made += motions(folder, name)
-    assert np.array_equal(made[0], made[1])
-    assert not np.array_equal(made[0], made[2])
+    run(folder, *command, '--samples_dir=default')
+    for value in (False, True):
+        run(folder, *command, f'--samples_dir={value}', f'--das_sampling={value}')
+    default, off, on = (motions(folder, name)[0] for name in ('default', 'False', 'True'))
+    assert np.array_equal(default, off) and not np.array_equal(default, on)
     out = run(folder, 'eval_t2m.py', '--data=tiny', *official, '--repeats=1', '--steps=2',
               '--mm_batches=0', '--out_dir=out/momask')
     assert 'full' in out
@@ -334,24 +342,18 @@ def test_terms_of_the_tokenizer_loss():
 
 # the learning rate depends on the planned length, so a long run is stopped at its first checkpoint
 STOP = '''
-import runpy
-import sys
-
 from lib import runtime
 
 save = runtime.save
-last, script = sys.argv[1:3]
 
 
-def save_and_stop(obj, path):
-    save(obj, path)
-    if path.endswith(last):
+def save_and_stop(checkpoint, path):
+    save(checkpoint, path)
+    if path.endswith('_last.pt'):
         sys.exit(0)
 
 
 runtime.save = save_and_stop
-sys.argv = sys.argv[2:]
-runpy.run_path(script, run_name='__main__')
 '''
 HGM3 = ('--mask_by=loss', '--text=graph', '--rotary=True', '--neighbours=1')
 
@@ -367,11 +369,10 @@ def test_resume_continues_where_it_stopped(folder, stage, settings, request):
     script, *settings = [*train(stage), *settings]
     run(folder, script, *settings, f'--out_dir={whole}')
 
-    last = 'evaluator_last.pt' if stage == 'eval' else f'{stage}_last.pt'
-    stop = folder / f'stop_{name}.py'
-    stop.write_text(STOP)
     settings.append(f'--out_dir={cut}')
-    run(folder, str(stop), last, os.path.join(PROJECT, script), *settings)
+    code, out, err = run_script_with(STOP, folder, script, *settings)
+    assert code == 0, out + err
+    last = 'evaluator_last.pt' if stage == 'eval' else f'{stage}_last.pt'
     stopped = load(folder / cut / last)['it']
     run(folder, script, *settings, '--init_from=resume')
     one, two = (load(folder / out / last) for out in (whole, cut))
@@ -516,43 +517,36 @@ def test_validation_never_uses_the_clean_msd(folder):
 
 
 RECORD = '''
-import runpy
-import sys
-
 import torch
 
 from model import MaskTransformer
 
 forward = MaskTransformer.forward
 inputs = []
-path = sys.argv[1]
-sys.argv = sys.argv[2:]
 
 
 def record(self, ids, c, *others, **named):
     if self.training:
         inputs.append((ids, c))
+        torch.save(inputs, 'inputs.pt')
     return forward(self, ids, c, *others, **named)
 
 
 MaskTransformer.forward = record
-runpy.run_path(sys.argv[0], run_name='__main__')
-torch.save(inputs, path)
 '''
 
 
 def test_text_is_dropped_after_masks_are_chosen(folder):
     """Eq 10 reads every text. Dropping texts for classifier-free guidance changes no mask: here the
     masks depend on the text alone, and all texts are dropped or none."""
-    recorder = folder / 'record.py'
-    recorder.write_text(RECORD)
     inputs = []
     for cond_drop in (0.0, 1.0):
         out = out_dir(folder, f'cond_drop_{cond_drop}', 'vq.pt')
-        run(folder, str(recorder), f'{out}/inputs.pt', os.path.join(PROJECT, 'train_mask.py'),
-            CONFIG, f'--out_dir={out}', '--mask_iters=1', '--cfs_lambda=1.0', '--cfs_noise=0.0',
-            f'--cond_drop={cond_drop}')
-        inputs.append(load(folder / out / 'inputs.pt'))
+        code, _, err = run_script_with(
+            RECORD, folder, 'train_mask.py', CONFIG, f'--out_dir={out}', '--mask_iters=1',
+            '--cfs_lambda=1.0', '--cfs_noise=0.0', f'--cond_drop={cond_drop}')
+        assert code == 0, err
+        inputs.append(load(folder / 'inputs.pt'))
     assert len(inputs[0]) == len(inputs[1]) == 2   # the batch that counts FLOPs, and step 1
     for (ids, c), (ids_without, no_text) in zip(*inputs):
         assert torch.equal(ids, ids_without)
