@@ -133,7 +133,7 @@ class Split:
 
 def how_to_make(name):
     """The command that prepares a data set of this name."""
-    if name in ('toy', 'bandai', 'hml3d', 'kit', 'babel'):
+    if name in ('toy', 'bandai', 'cmu', 'hml3d', 'kit', 'babel'):
         return f'python prepare_data.py {name}'
     return f'python prepare_data.py folder --src=... --out=data/{name}'
 
