@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PROJECT
 from test_damage import sentence
 from test_train import CONFIG, folder, load, out_dir, run, run_script_with, train   # noqa: F401
 
@@ -223,3 +226,27 @@ def test_prompt_files(folder, content, fact):   # noqa: F811
     name = f'bad_{len(content)}.txt'
     (folder / name).write_bytes(content)
     assert fact in run(folder, 'sample.py', CONFIG, f'--prompts={name}', ok=False)
+
+
+# ----------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_in_one_sentence(folder, number, code):   # noqa: F811
+    out = out_dir(folder, f'signal_{code}', 'vq.pt')
+    script, *settings = [*train('mask'), f'--out_dir={out}', '--mask_iters=100000']
+    process = subprocess.Popen([sys.executable, os.path.join(PROJECT, script), *settings],
+                               cwd=folder, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (folder / out / 'mask_last.pt').exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert 'Traceback' not in said
+    assert said.count('erminated.') + said.count('nterrupted.') == 1
+    assert load(folder / out / 'mask_last.pt')['it'] > 0
+    assert not list((folder / out).glob('.*.tmp'))

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import PROJECT, PYTHON, TORCHRUN, run_script
 
+from generate import load_pipeline
 from lib import toy
 from lib.data import save_meta, save_split
 from lib.motion import SKELETONS, features_to_joints, joints_to_features
@@ -421,6 +422,21 @@ def test_networks_of_other_text_are_refused(folder):
     shutil.copy(folder / 'out' / 'tiny' / 'res.pt', folder / out)
     said = run(folder, *sample, ok=False)
     assert 'res.pt' in said and '--text=clauses' in said
+
+
+def test_a_network_beyond_memory_is_refused(folder):
+    out = out_dir(folder, 'huge', 'vq.pt')
+    sizes = ['--latent=16384', '--n_layers=128', '--n_heads=128']
+    assert 'GB' in run(folder, *train('mask'), f'--out_dir={out}', *sizes, ok=False)
+
+
+def test_a_copied_run_uses_its_own_tokenizer(folder):
+    copy = folder / 'out' / 'copied'
+    shutil.copytree(folder / 'out' / 'tiny', copy)
+    for name in ('mask.pt', 'res.pt', 'len.pt'):
+        torch.save({**load(copy / name), 'vq': str(folder / 'nowhere' / 'vq.pt')}, copy / name)
+    pipe = load_pipeline(str(copy))
+    assert pipe.vq.fingerprint() == load(copy / 'mask.pt')['vq_hash']
 
 
 def run_two(folder, *command):
