@@ -20,7 +20,6 @@ import math
 import os
 import re
 import signal
-import sys
 import tempfile
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor

@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,11 @@ def run_script(folder, *command, launcher=None, **env):
         p.join(300)
         p.kill()   # if it is still running
         return p.exitcode, out.read(), err.read()
+
+
+def heed_ctrl_c():
+    """For preexec_fn: a shell starts what runs in its background with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def become(folder, argv, env, out, err):

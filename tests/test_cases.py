@@ -11,6 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import heed_ctrl_c
 from scipy.spatial.transform import Rotation
 from test_train import CONFIG, folder, run   # noqa: F401
 
@@ -320,7 +321,8 @@ def test_only_our_own_files_are_replaced(tmp_path):
 def test_an_interruption_leaves_nothing(tmp_path):
     command = [sys.executable, os.path.join(ROOT, 'prepare_data.py'), 'toy',
                f'--out={tmp_path}/data/toy']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=heed_ctrl_c)
     while not list(tmp_path.glob('data/.preparing-*/new/*')) and process.poll() is None:
         time.sleep(0.1)
     time.sleep(1)   # workers are being forked, where Python ignores exceptions

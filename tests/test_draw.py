@@ -81,7 +81,7 @@ def test_mp4_needs_a_working_ffmpeg(tmp_path, monkeypatch):
     path = str(tmp_path / 'a.gif')
     draw.draw_gif(body(3), path, 'stands')
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert not draw.gif_to_mp4(path)   # there is none
+    assert not draw.gif_to_mp4(path)   # ffmpeg is missing
     ffmpeg = tmp_path / 'ffmpeg'
     ffmpeg.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
     ffmpeg.chmod(0o755)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, heed_ctrl_c
 from test_damage import sentence
 from test_train import CONFIG, folder, load, out_dir, run, run_script_with, train   # noqa: F401
 
@@ -236,7 +236,8 @@ def test_a_signal_ends_training_in_one_sentence(folder, number, code):   # noqa:
     out = out_dir(folder, f'signal_{code}', 'vq.pt')
     script, *settings = [*train('mask'), f'--out_dir={out}', '--mask_iters=100000']
     process = subprocess.Popen([sys.executable, os.path.join(PROJECT, script), *settings],
-                               cwd=folder, stderr=subprocess.PIPE, text=True)
+                               cwd=folder, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_ctrl_c)
     try:
         while not (folder / out / 'mask_last.pt').exists():
             assert process.poll() is None

@@ -138,7 +138,7 @@ def test_maps(plain, tmp_path):
     with_map('{"left_foot": "LTip"}', 'right_foot')
     with_map('{"left_foot": "LTip", "right_foot": "Rtipp"}', 'right_foot', 'Rtipp')
     assert with_map('{"left_foot": "LTip", "right_foot": "RTip", "neck": "Nek"}').unused == {'Nek'}
-    # a wrong joint makes a body that is none
+    # a wrong joint makes an impossible body
     for wrong in ('{"left_foot": "LTip", "right_foot": "RTip", "left_knee": "LeftFoot"}',
                   '{"left_foot": "LTip", "right_foot": "RTip", "left_elbow": "Head"}',
                   '{"left_foot": "tip", "right_foot": "RTip", "right_knee": "Spine"}'):
