@@ -81,15 +81,14 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(config.latent, 3 * config.latent)
         self.out_proj = nn.Linear(config.latent, config.latent)
 
-    def forward(self, x, valid, pad, prior=None, rotary=None):
-        """x (B, N, d), valid (B, N) bool, pad (B, 1, 1, N) of 0 or -inf -> (B, N, d).
+    def forward(self, x, motion, pad, z_S=None, rotary=None):
+        """x (B, N, d), pad (B, 1, 1, N) of 0 or -inf -> (B, N, d).
 
-        prior: what lib.fast.spread_prior returns, z(S) in one of two forms; None for ordinary
-        attention. rotary: rows of `rotary_table` (2, N, d / 2H) that rotate queries and keys, or
-        None.
+        motion   (B, N) bool, the motion tokens: sigma of Eq 13 is taken over their pairs
+        z_S      z(S) in one of the two forms of lib.fast.spread_prior; None is ordinary attention
+        rotary   rows of `rotary_table` (2, N, d / 2H) that rotate queries and keys, or None
         """
         B, N, d = x.shape
-        a = self.alpha
         qkv = self.in_proj(x).view(B, N, 3, self.n_heads, d // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()                 # (B, H, N, d / H)
         if rotary is not None:
@@ -98,29 +97,28 @@ class Attention(nn.Module):
 
         if forms_logits(x):
             A = q @ k.mT                                                  # (B, H, N, N)
-            if prior is not None:
-                zS, pairs = prior
-                sigma, unit = self.sigma(variance_over(A, pairs))
-                # Eq 13: (1 - a) z(A) + a z(S). The softmax cancels the mean of A
-                A = ((1 - a) / sigma * A + a * zS) * unit
+            if z_S is not None:
+                S, pairs = z_S
+                a_content, a_prior = self.blend(variance_over(A, pairs))
+                A = a_content * A + a_prior * S                           # Eq 13
             A = (A + pad).softmax(-1)
             o = dropout(A.to(v.dtype), self.p, self.training) @ v
         else:   # the same through scaled_dot_product_attention, without an N x N tensor
             a_content, a_prior = 1.0, 0.0
-            if prior is not None:
-                sigma, unit = self.sigma(logit_variance(q, k, valid))
-                a_content, a_prior = (1 - a) / sigma * unit, a * unit     # Eq 13
+            if z_S is not None:
+                a_content, a_prior = self.blend(logit_variance(q, k, motion))
             p = self.p if self.training else 0.0
-            o = appended_attention(q, k, v, a_content, a_prior, prior, pad, p)
+            o = appended_attention(q, k, v, a_content, a_prior, z_S, pad, p)
 
         return self.out_proj(o.transpose(1, 2).reshape(B, N, d))
 
-    def sigma(self, variance):
-        """Variance of the logits (B, H, 1, 1) -> sigma of Eq 13 and the scale of its result."""
+    def blend(self, variance):
+        """The factors of A and of z(S) in (1 - alpha) z(A) + alpha z(S), from the variance of A
+        (B, H, 1, 1). The mean of A is left out: the softmax cancels it."""
         sigma = (variance + msd.EPS).sqrt()
         if self.fusion == 'zscore':
-            return sigma, 1.0
-        return sigma.detach(), sigma.detach()
+            return (1 - self.alpha) / sigma, self.alpha
+        return 1 - self.alpha, self.alpha * sigma.detach()
 
 
 class Block(nn.Module):
@@ -135,8 +133,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.latent)
         self.norm2 = nn.LayerNorm(config.latent)
 
-    def forward(self, x, valid, pad, prior=None, rotary=None):
-        h = self.attn(x, valid, pad, prior, rotary)
+    def forward(self, x, motion, pad, z_S=None, rotary=None):
+        h = self.attn(x, motion, pad, z_S, rotary)
         x = self.norm1(x + dropout(h, self.p, self.training))
         h = F.gelu(self.linear1(x))
         h = self.linear2(dropout(h, self.p, self.training))
@@ -164,21 +162,21 @@ class Trunk(nn.Module):
         self.register_buffer('rotary', table, persistent=False)
 
     def condition_tokens(self, c, role):
-        """Text c (B, m, 512), role (B, m) -> front (B, m, d), front_valid (B, m) bool. The sentence
+        """Text c (B, m, 512), role (B, m) -> cond (B, m, d), cond_valid (B, m) bool. The sentence
         has no position. The clauses or nodes behind it do, because their order matters."""
         if self.graph is not None:
             c = self.graph(c, role)
-        front = self.cond(c)
-        order = self.positions[:c.shape[1] - 1].to(front.dtype)
-        front = torch.cat([front[:, :1], front[:, 1:] + order], 1)
+        cond = self.cond(c)
+        order = self.positions[:c.shape[1] - 1].to(cond.dtype)
+        cond = torch.cat([cond[:, :1], cond[:, 1:] + order], 1)
         if self.graph is not None:
-            return drop_hidden(front, role > 0)
-        return front, role > 0
+            return drop_hidden(cond, role > 0)
+        return cond, role > 0
 
-    def forward(self, x, valid, front, front_valid, prior=None):
-        """x (B, n, code_dim), valid (B, n) bool; front (B, m, d), front_valid (B, m) bool: the
+    def forward(self, x, valid, cond, cond_valid, prior=None):
+        """x (B, n, code_dim), valid (B, n) bool; cond (B, m, d), cond_valid (B, m) bool: the
         tokens that precede them; prior: qs, ks (B, n, W + 2) of msd.prior_qk -> h (B, n, d)."""
-        m, n = front.shape[1], x.shape[1]
+        m, n = cond.shape[1], x.shape[1]
         embedded = self.embed(x)
         if self.embed_neighbours is not None:
             x = x * valid[..., None]   # padding must not reach the last tokens
@@ -186,19 +184,21 @@ class Trunk(nn.Module):
         x = embedded + self.positions[:n]
         x = dropout(x, self.p, self.training)
 
-        x = torch.cat([front.to(x.dtype), x], 1)
-        valid = torch.cat([front_valid, valid], 1)
+        x = torch.cat([cond.to(x.dtype), x], 1)
+        motion = F.pad(valid, (m, 0))                                     # (B, m + n)
+        valid = torch.cat([cond_valid, valid], 1)
         pad = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         pad = pad[:, None, None]                                          # (B, 1, 1, m + n)
+        z_S = None
         if prior is not None:
-            prior = spread_prior(*prior, valid, x, self.head_width)
+            z_S = spread_prior(*prior, motion, x, self.head_width)
         rotary = None
         if self.rotary is not None:   # all text tokens have place 0
             place = torch.arange(1 - m, 1 + n, device=x.device).clamp(min=0)
             rotary = self.rotary[:, place]
 
         for layer in self.layers:
-            x = layer(x, valid, pad, prior, rotary)
+            x = layer(x, motion, pad, z_S, rotary)
         return x[:, m:]
 
 
@@ -299,8 +299,8 @@ class MaskTransformer(nn.Module):
             with torch.autocast(ids.device.type, enabled=False):
                 # the windows of padding overlap the motion, but padding is not part of it
                 prior = msd.prior_qk(msd.descriptor(f), seen & valid)
-        front, front_valid = self.trunk.condition_tokens(c, role)
-        h = self.trunk(self.token_emb(ids), valid, front, front_valid, prior)
+        cond, cond_valid = self.trunk.condition_tokens(c, role)
+        h = self.trunk(self.token_emb(ids), valid, cond, cond_valid, prior)
         logits = self.head(h)
         if targets is None:
             return logits
@@ -339,8 +339,8 @@ class LossPredictor(nn.Module):
     def forward(self, ids, c, role, valid):
         """ids (B, n), c (B, m, 512), role (B, m), valid (B, n) -> (B, n)."""
         ids = torch.where(valid, ids, self.PAD)
-        front, front_valid = self.trunk.condition_tokens(c, role)
-        return self.head(self.trunk(self.token_emb(ids), valid, front, front_valid))[..., 0]
+        cond, cond_valid = self.trunk.condition_tokens(c, role)
+        return self.head(self.trunk(self.token_emb(ids), valid, cond, cond_valid))[..., 0]
 
 
 # ---------------------------------------------------------------------------------- residual tokens
@@ -391,10 +391,10 @@ class ResTransformer(nn.Module):
             below = (j < layer).to(self.first.dtype)
             x = x + F.embedding(ids[..., j], tables[j]) * below[:, None, None]
         which = F.one_hot(layer, self.config.n_quantizers).to(self.first.dtype)
-        front, front_valid = self.trunk.condition_tokens(c, role)
-        front = torch.cat([front, self.layer_emb(which)[:, None]], 1)
-        front_valid = F.pad(front_valid, (0, 1), value=True)
-        h = self.head(self.trunk(x, valid, front, front_valid))           # (B, n, code_dim)
+        cond, cond_valid = self.trunk.condition_tokens(c, role)
+        cond = torch.cat([cond, self.layer_emb(which)[:, None]], 1)
+        cond_valid = F.pad(cond_valid, (0, 1), value=True)
+        h = self.head(self.trunk(x, valid, cond, cond_valid))             # (B, n, code_dim)
         if q is not None:
             return h @ tables[q].T.to(h.dtype)
 

@@ -77,14 +77,17 @@ def oracle(x, known, W, gap):
         v, v_known = velocity_of(x[b], known[b], gap)
         for t in range(n):
             u = torch.zeros(W, D, dtype=torch.float64)
-            first = t - W // 2
+            first = t - (W - 1) // 2
+            n_known = 0
             for i in range(W):
                 if 0 <= first + i < n:
                     u[i] = v[first + i]
-                    seen[b, t] |= v_known[first + i]
+                    n_known += v_known[first + i]
             for k in range(W):
                 basis = torch.cos(math.pi / W * place * k)
                 f[b, t, k] = (basis[:, None] * u).sum(0).norm()   # Eqs 5, 6
+            f[b, t] *= math.sqrt(W / max(n_known, 1))
+            seen[b, t] = n_known > 0
     return f, seen
 
 

@@ -31,19 +31,19 @@ def dropout(x, p, training):
     return x * survives.to(x.dtype).mul_(scale).view(x.shape)
 
 
-def drop_hidden(front, shown):
+def drop_hidden(cond, shown):
     """Remove the condition tokens that no row of the batch needs.
 
-    front (B, m, d), shown (B, m) bool -> (B, m', d), (B, m'), where m' is the largest number of
+    cond (B, m, d), shown (B, m) bool -> (B, m', d), (B, m'), where m' is the largest number of
     shown tokens in a row. A batch at HGM3's first level has one shown token per row instead of
     seven.
     """
-    if front.is_cuda or torch.compiler.is_compiling():   # they prefer one shape for all steps
-        return front, shown
+    if cond.is_cuda or torch.compiler.is_compiling():   # they prefer one shape for all steps
+        return cond, shown
     most = int(shown.sum(1).max())
     order = shown.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     row = torch.arange(len(order))[:, None]
-    return front[row, order], shown[row, order]
+    return cond[row, order], shown[row, order]
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -69,18 +69,18 @@ def variance_over(A, pairs):
     return variance[..., None]
 
 
-def logit_variance(q, k, valid):
-    """The variance of A = q k^T over the valid pairs, without forming A.
+def logit_variance(q, k, motion):
+    """The variance of A = q k^T over the pairs of motion tokens, without forming A.
 
-    q, k (B, H, N, d), valid (B, N) -> (B, H, 1, 1) float32. With q = q_mean + q', k = k_mean + k'
+    q, k (B, H, N, d), motion (B, N) -> (B, H, 1, 1) float32. With q = q_mean + q', k = k_mean + k'
     the cross terms average to zero:
 
         var(A) = k_mean^T Cq k_mean + q_mean^T Ck q_mean + <Cq, Ck>,   C = covariance (d, d)
 
     These are sums of squares: nothing cancels, so bfloat16 products are accurate enough.
     """
-    N = valid.sum(-1).clamp(min=1).view(-1, 1, 1, 1)
-    ok = valid[:, None, :, None].to(q.dtype)                              # (B, 1, N, 1)
+    N = motion.sum(-1).clamp(min=1).view(-1, 1, 1, 1)
+    ok = motion[:, None, :, None].to(q.dtype)                             # (B, 1, N, 1)
 
     def mean_and_scatter(x):
         mean = (ok / N).to(x.dtype).mT @ x                                # (B, H, 1, d)
@@ -95,36 +95,36 @@ def logit_variance(q, k, valid):
     return (across + within) / N
 
 
-def spread_prior(qs, ks, valid, x, head):
+def spread_prior(qs, ks, motion, x, head):
     """Prepare the spectral prior once for all layers.
 
     qs, ks (B, n, W + 2) of msd.prior_qk describe the motion tokens, the last n of the N tokens
-    x (B, N, d); valid (B, N); head is the width of an attention head. The rows and columns of the
-    tokens in front become 0. Returns
+    x (B, N, d), of which motion (B, N) marks the valid ones; head is the width of an attention
+    head. The rows and columns of the condition tokens become 0. Returns
 
-        where logits are formed   z(S) (B, 1, N, N) and the valid pairs (B, N N, 1)
+        where logits are formed   z(S) (B, 1, N, N) and the pairs of motion tokens (B, N N, 1)
         otherwise                 qs and ks (B, 1, N, wide), to be appended to q and k
     """
-    front = x.shape[1] - qs.shape[1]
+    m = x.shape[1] - qs.shape[1]
     if forms_logits(x):
         with torch.autocast(x.device.type, enabled=False):
-            S = F.pad(qs @ ks.mT, (front, 0, front, 0))[:, None]
-        pairs = valid[:, None] & valid[..., None]
+            S = F.pad(qs @ ks.mT, (m, 0, m, 0))[:, None]
+        pairs = motion[:, None] & motion[..., None]
         return S, pairs.flatten(1).float()[..., None]
     fill = -(head + qs.shape[-1]) % 8   # GPU kernels need multiples of 8
-    return tuple(F.pad(part, (0, fill, front, 0))[:, None] for part in (qs, ks))
+    return tuple(F.pad(part, (0, fill, m, 0))[:, None] for part in (qs, ks))
 
 
-def appended_attention(q, k, v, a_content, a_prior, prior, pad, p=0.0):
+def appended_attention(q, k, v, a_content, a_prior, z_S, pad, p=0.0):
     """softmax(a_content q k^T + a_prior z(S) + pad) v without an N x N tensor: z(S) = qs . ks is
     appended to q and k as extra dimensions.
 
-    q, k, v (B, H, N, d); prior: qs, ks (B, 1, N, wide) of spread_prior, or None (a_content is then
+    q, k, v (B, H, N, d); z_S: qs, ks (B, 1, N, wide) of spread_prior, or None (a_content is then
     1); pad (B, 1, 1, N), 0 or -inf; p: dropout.
     """
     dtype, d = v.dtype, v.shape[-1]
-    if prior is not None:
-        qs, ks = (part.expand(*q.shape[:3], -1) for part in prior)
+    if z_S is not None:
+        qs, ks = (part.expand(*q.shape[:3], -1) for part in z_S)
         q = torch.cat([q * a_content, a_prior * qs], -1)
         k = torch.cat([k, ks.to(k.dtype)], -1)
         v = F.pad(v, (0, q.shape[-1] - d))   # memory-efficient kernels need q, k, v of one width

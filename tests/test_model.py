@@ -287,8 +287,8 @@ def plain_rotated(x, place):
     return torch.cat([pairs.real, pairs.imag], -1)
 
 
-def plain_attention(layer, x, valid, phi, seen, front=1, place=None):
-    """Motion-aware attention as published: logits, z-score, Eq 13, softmax."""
+def plain_attention(layer, x, motion, pad, phi, seen, place):
+    """Motion-aware attention as published: logits, z-score, Eq 13, softmax. One condition token."""
     B, N, d = x.shape
     heads = layer.n_heads
     parts = layer.in_proj(x).chunk(3, -1)
@@ -300,23 +300,23 @@ def plain_attention(layer, x, valid, phi, seen, front=1, place=None):
     alpha = layer.alpha
     out = torch.zeros_like(v)
     for b in range(B):
-        ok = valid[b][:, None] & valid[b][None]
+        ok = motion[b][:, None] & motion[b][None]
         S = torch.zeros(N, N)
         s = -(w * (phi[b][:, None] - phi[b][None]).square()).sum(-1)             # Eq 11
-        known = seen[b] & valid[b][front:]
+        known = seen[b] & motion[b][1:]
         pair = known[:, None] & known[None]
         if pair.any():
             values = s[pair]
             deviation = (values.var(unbiased=False) + msd.EPS).sqrt()
-            S[front:, front:][pair] = (values - values.mean()) / deviation
+            S[1:, 1:][pair] = (values - values.mean()) / deviation
         for h in range(heads):
-            a = A[b, h][ok]
+            a = A[b, h][ok]   # of motion tokens: condition tokens have no part in sigma
             centred = A[b, h] - a.mean()
             sigma = (a.var(unbiased=False) + msd.EPS).sqrt()
             fused = (1 - alpha) * centred / sigma + alpha * S                    # Eq 13
             if layer.fusion == 'rescaled':
                 fused = (1 - alpha) * centred + alpha * sigma.detach() * S
-            weights = fused.masked_fill(~valid[b][None], -torch.inf).softmax(-1)
+            weights = (fused + pad[b, 0]).softmax(-1)
             out[b, h] = weights @ v[b, h]
     return layer.out_proj(out.transpose(1, 2).reshape(B, N, d))
 
@@ -353,8 +353,10 @@ def test_motion_aware_attention_equals_plain(fusion, rotary, seed, forms_logits,
     phi = msd.descriptor(f)
     place = torch.arange(n + 1) if rotary else None
 
-    def plain_forward(layer, x, valid, pad, prior, rotary):
-        return plain_attention(layer, x, valid, phi, seen, place=place)
+    def plain_forward(layer, x, motion, pad, z_S, rotary):
+        assert not motion[:, 0].any()
+        assert torch.equal(motion[:, 1:], valid)
+        return plain_attention(layer, x, motion, pad, phi, seen, place)
 
     monkeypatch.setattr(Attention, 'forward', plain_forward)
     plain_logits, plain_gradients = logits_and_gradients()
