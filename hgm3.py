@@ -30,10 +30,10 @@ import msd
 MOTION, ACTION, FIRST_EDGE = 1, 2, 3
 N_EDGES = 12               # eleven kinds of phrases, and sentence to verb, which comes last
 
-TEACHER_MOMENTUM = 0.999   # Eq 6's lambda, which the paper does not state
-HARD_FIRST = 0.0           # Eq 8's alpha_0
-HARD_LAST = 0.5            # Eq 8's alpha_T
-MOTION_STEPS = 2           # Eq 14: decoding steps that see the motion node only
+TEACHER_MOMENTUM = 0.999   # HGM3 Eq 6's lambda, which the paper does not state
+HARD_FIRST = 0.0           # HGM3 Eq 8's alpha_0
+HARD_LAST = 0.5            # HGM3 Eq 8's alpha_T
+MOTION_STEPS = 2           # HGM3 Eq 14: decoding steps that see the motion node only
 ACTION_STEPS = 5           # and the step up to which actions are added
 
 
@@ -41,7 +41,7 @@ ACTION_STEPS = 5           # and the step up to which actions are added
 
 
 def relative_loss(predicted, loss, masked):
-    """Eq 5: how well G orders the masked tokens by their loss. predicted, loss (B, n), masked
+    """HGM3 Eq 5: how well G orders the masked tokens by their loss. predicted, loss (B, n), masked
     (B, n) bool -> scalar. The paper sums over pairs; this is the mean, which is as large as L_rec.
     """
     difference = predicted[:, :, None] - predicted[:, None]               # (B, n, n)
@@ -53,7 +53,7 @@ def relative_loss(predicted, loss, masked):
 
 
 def hard_share(step, steps):
-    """Eq 8: alpha_t, the share of the masked tokens that the teacher chooses."""
+    """HGM3 Eq 8: alpha_t, the share of the masked tokens that the teacher chooses."""
     return HARD_FIRST + step / steps * (HARD_LAST - HARD_FIRST)
 
 
@@ -77,17 +77,17 @@ class HardTokenMining(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self):
-        """Eq 6, to be called after each step of the optimizer."""
+        """HGM3 Eq 6, to be called after each step of the optimizer."""
         for ours, new in zip(self.teacher.parameters(), self.student.parameters()):
             ours.lerp_(new, 1 - TEACHER_MOMENTUM)
 
     def forward(self, masked, c, role, valid, targets, n_targets, spectrum, ids):
-        """Eq 7: L_rec + L_pred. masked (B, n): the masked ids; ids (B, n): the clean ones; targets
+        """HGM3 Eq 7: L_rec + L_pred. masked (B, n): the masked ids; ids (B, n): the clean ones; targets
         (B, n): -100 where the loss is not taken; spectrum as in MaskTransformer."""
         logits = self.reconstructor(masked, c, role, valid, spectrum=spectrum)
         flat = logits.flatten(0, 1).float(), targets.flatten()
-        loss = F.cross_entropy(*flat, reduction='none').view(targets.shape)   # Eq 3
-        rec = loss.sum() / n_targets                                          # Eq 4
+        loss = F.cross_entropy(*flat, reduction='none').view(targets.shape)   # HGM3 Eq 3
+        rec = loss.sum() / n_targets                                          # HGM3 Eq 4
         predicted = self.student(ids, c, role, valid).float()
         asked = targets >= 0
         share = asked.sum() / n_targets   # below 1 where several ranks share a batch
@@ -98,11 +98,11 @@ class HardTokenMining(nn.Module):
 
 
 class GraphAttention(nn.Module):
-    """Eqs 9-11: each node attends to its neighbours in the graph."""
+    """HGM3 Eqs 9-11: each node attends to its neighbours in the graph."""
 
     def __init__(self, dim=512):
         super().__init__()
-        self.W = nn.Linear(dim, dim, bias=False)                          # Eq 9
+        self.W = nn.Linear(dim, dim, bias=False)                          # HGM3 Eq 9
         self.M = nn.Linear(2 * dim, 1, bias=False)
         self.M_r = nn.Linear(2 * dim, N_EDGES, bias=False)
 
@@ -116,10 +116,10 @@ class GraphAttention(nn.Module):
             return F.leaky_relu((h @ of_i.T)[:, :, None] + (h @ of_j.T)[:, None], 0.2)
 
         by_edge = pairs(self.M_r).gather(-1, kind.clamp(min=0)[..., None])
-        e = (pairs(self.M) + by_edge)[..., 0]                             # Eq 10
+        e = (pairs(self.M) + by_edge)[..., 0]                             # HGM3 Eq 10
         e = e.masked_fill(kind < 0, -torch.inf).softmax(-1)
         e = e.nan_to_num()                                                # nodes without neighbours
-        return F.elu(e.to(h.dtype) @ h) + c                               # Eq 11
+        return F.elu(e.to(h.dtype) @ h) + c                               # HGM3 Eq 11
 
 
 def edges(role):
@@ -150,13 +150,13 @@ def visible_nodes(role, level):
 
 
 def decoding_level(step):
-    """Eq 14: the level of decoding step `step`, counted from 0."""
+    """HGM3 Eq 14: the level of decoding step `step`, counted from 0."""
     if step < MOTION_STEPS:
         return 1
     return 2 if step < ACTION_STEPS else 3
 
 
 def training_level(step):
-    """Eq 13 sums the losses of the three levels. Here training steps alternate between them, which
+    """HGM3 Eq 13 sums the losses of the three levels. Here training steps alternate between them, which
     costs a third and was better on toy (LOG.md)."""
     return 1 + step % 3

@@ -125,11 +125,11 @@ if stage == 'len':
     shape = None
     model = LengthEstimator(n_out=N + 1)
 else:
-    known = dict(n_codes=tokenizer.config.n_codes, code_dim=tokenizer.config.code_dim,
+    given = dict(n_codes=tokenizer.config.n_codes, code_dim=tokenizer.config.code_dim,
                  n_quantizers=tokenizer.config.n_quantizers, graph=text == 'graph')
     settings = {field.name: config[field.name] for field in fields(ModelConfig)
                 if field.name in config}
-    shape = ModelConfig(**settings, **known)
+    shape = ModelConfig(**settings, **given)
     codebooks = [quantizer.codebook for quantizer in tokenizer.quantizers]
     Network = MaskTransformer if stage == 'mask' else ResTransformer
     check_memory(lambda: Network(shape))
@@ -176,17 +176,17 @@ def compute_loss(net, ids, c, role, valid, rows, masked_share=None, generator=No
         c, role = drop_text(c, role, cond_drop, generator)
     inputs = masked[rows], c[rows], role[rows], valid[rows]
 
-    # the sequence that motion-aware attention describes; None is `masked` itself
-    described = None
+    # the sequence whose MSD motion-aware attention uses; without one it is that of `masked`
+    spectrum = None
+    sequence = None
     if spectral_attn and msd_attn == 'clean' and model.training:   # decoding has no clean tokens
-        described = base[rows]
+        sequence = base[rows]
     if spectral_attn and msd_attn == 'guess':
         with torch.no_grad():
             guess = model(*inputs).argmax(-1)
-        described = torch.where(masked[rows] == model.MASK, guess, masked[rows])
-    spectrum = None
-    if described is not None:
-        spectrum = model.spectrum(torch.where(valid[rows], described, model.PAD))
+        sequence = torch.where(masked[rows] == model.MASK, guess, masked[rows])
+    if sequence is not None:
+        spectrum = model.spectrum(torch.where(valid[rows], sequence, model.PAD))
 
     if miner and model.training:
         return net(*inputs, targets[rows], chosen.sum(), spectrum, base[rows])
