@@ -82,8 +82,8 @@ class HardTokenMining(nn.Module):
             ours.lerp_(new, 1 - TEACHER_MOMENTUM)
 
     def forward(self, masked, c, role, valid, targets, n_targets, spectrum, ids):
-        """HGM3 Eq 7: L_rec + L_pred. masked (B, n): the masked ids; ids (B, n): the clean ones; targets
-        (B, n): -100 where the loss is not taken; spectrum as in MaskTransformer."""
+        """HGM3 Eq 7: L_rec + L_pred. masked, ids (B, n): the masked tokens and the clean ones;
+        targets (B, n): -100 where the loss is not taken; spectrum as in MaskTransformer."""
         logits = self.reconstructor(masked, c, role, valid, spectrum=spectrum)
         flat = logits.flatten(0, 1).float(), targets.flatten()
         loss = F.cross_entropy(*flat, reduction='none').view(targets.shape)   # HGM3 Eq 3
@@ -157,6 +157,6 @@ def decoding_level(step):
 
 
 def training_level(step):
-    """HGM3 Eq 13 sums the losses of the three levels. Here training steps alternate between them, which
-    costs a third and was better on toy (LOG.md)."""
+    """HGM3 Eq 13 sums the losses of the three levels. Here training steps alternate between them,
+    which costs a third and was better on toy (LOG.md)."""
     return 1 + step % 3
