@@ -80,6 +80,7 @@ class Attention(nn.Module):
         self.alpha = msd.alpha(layer, config.alpha0)                      # Eq 14
         self.in_proj = nn.Linear(config.latent, 3 * config.latent)
         self.out_proj = nn.Linear(config.latent, config.latent)
+        self.weights = nn.Identity()   # a place to look at A from (sample.py --explain)
 
     def forward(self, x, motion, pad, z_S=None, rotary=None):
         """x (B, N, d), pad (B, 1, 1, N) of 0 or -inf -> (B, N, d).
@@ -101,7 +102,7 @@ class Attention(nn.Module):
                 S, pairs = z_S
                 a_content, a_prior = self.blend(variance_over(A, pairs))
                 A = a_content * A + a_prior * S                           # Eq 13
-            A = (A + pad).softmax(-1)
+            A = self.weights((A + pad).softmax(-1))
             o = dropout(A.to(v.dtype), self.p, self.training) @ v
         else:   # the same through scaled_dot_product_attention, without an N x N tensor
             a_content, a_prior = 1.0, 0.0
