@@ -1,6 +1,6 @@
-"""Speed and memory of our code beside the plain recipe, in one process:
+"""Our code timed beside the plain recipe, in one process -> assets/bench_<device>.json:
 
-    python bench.py                                # CPU: all tables -> assets/bench_cpu.json
+    python bench.py                                # about ten minutes on two cores
     python bench.py --device=cuda --compile=True --prompts_at_once=256
 
 `plain` is the recipe of MoMask's code: float32, the CLIP text tower and the tokenizer run in every
@@ -10,15 +10,11 @@ their values. Every figure is a median of runs taken in turn (A B C, A B C, ...)
 are noisy.
 """
 import contextlib
-import ctypes
 import json
-import math
 import os
 import platform
-import re
 import time
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -28,7 +24,6 @@ import torch.nn.functional as F
 
 import msd
 from generate import generate_base, generate_residual
-from lib import fast
 from lib.configurator import ROOT, configure
 from lib.runtime import atomic_write, make_optimizers, setup, synchronize
 from lib.text import clip_tower
@@ -37,13 +32,10 @@ from model import MaskTransformer, ModelConfig, ResTransformer, Trunk
 from vq import RVQVAE, VQConfig
 
 # -----------------------------------------------------------------------------
-what = 'step,generate,attention'   # which tables
-rounds = 5                   # timed runs of each form
-warm = 2                     # runs before them that are not timed
+rounds = 5                   # timed runs of each form, after one that is not timed
 batch = 64
 frames = 196
 prompts_at_once = 32         # generated at a time, beside one alone
-max_tokens = 4096            # the longest sequence of the attention table
 compile = False              # also time the compiled forms
 bench_json = ''              # '' is assets/bench_<device>.json of the project
 # machine
@@ -52,21 +44,20 @@ dtype = 'auto'               # 'auto' (bfloat16 where hardware has it) | 'bfloat
 configure(globals())
 # -----------------------------------------------------------------------------
 run = setup(device, dtype, 0)
-cuda = run.device != 'cpu'
 n_tokens = frames // 4
-results = {}
 motion = torch.randn(batch, frames, 263, device=run.device)
 cached_ids = torch.randint(512, (batch, n_tokens, 6), device=run.device)
 cached_text = torch.randn(batch, 1, 512, device=run.device)
 valid = torch.ones(batch, n_tokens, dtype=torch.bool, device=run.device)
+results = {}
 
 
 def compare(title, make, forms):
-    """Time make(form)() of each form, taking turns. Print and keep medians, peak memory, and the
-    ratio to plain. A form is 'plain', 'ours' or 'compiled', with an option: 'ours, DynMask'."""
+    """Time make(form)() of each form, taking turns; print and keep the medians. A form is 'plain',
+    'ours' or 'compiled', with an option: 'ours, DynMask'."""
     works = {form: make(form) for form in forms}
     seconds = {form: [] for form in forms}
-    for _ in range(warm + rounds):
+    for _ in range(1 + rounds):
         for form, work in works.items():
             synchronize(run.device)
             start = time.perf_counter()
@@ -75,31 +66,10 @@ def compare(title, make, forms):
             seconds[form].append(time.perf_counter() - start)
 
     print(f'\n{title}')
-    table = results[title] = {}
-    for form, work in works.items():
-        ms = 1000 * float(np.median(seconds[form][warm:]))
-        table[form] = row = {'ms': ms, 'MB': peak_memory(work) / 1e6}
-        row['times plain'] = table['plain']['ms'] / ms
-        print(f'  {form:18s} {ms:9.1f} ms {row["MB"]:9.1f} MB {row["times plain"]:8.2f}x')
-    return table
-
-
-def peak_memory(work):
-    """Peak bytes above the start. On a CPU that is the peak of the process, after malloc has
-    returned what earlier runs left (Linux only, otherwise NaN)."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - start
-    clear, status = Path('/proc/self/clear_refs'), Path('/proc/self/status')
-    if not clear.exists():
-        return math.nan
-    ctypes.CDLL(None).malloc_trim(0)
-    clear.write_text('5')
-    start = int(re.search(r'VmRSS:\s+(\d+)', status.read_text())[1])
-    work()
-    return 1024 * (int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) - start)
+    ms = {form: 1000 * float(np.median(times[1:])) for form, times in seconds.items()}
+    results[title] = ms
+    for form in forms:
+        print(f'  {form:18s} {ms[form]:9.1f} ms {ms["plain"] / ms[form]:8.2f}x')
 
 
 # ------------------------------------------------------------------------------------- the networks
@@ -116,22 +86,21 @@ class PlainTrunk(Trunk):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, *inputs):
-        parts = [x.chunk(1 if self.training else 2) for x in inputs[:4]]
+        passes = 1 if self.training else 2
+        parts = [x.chunk(passes) for x in inputs[:4]]
         return torch.cat([self.one_pass(*part) for part in zip(*parts)])
 
-    def one_pass(self, x, valid, front, front_valid):
+    def one_pass(self, x, valid, cond, cond_valid):
         x = self.drop(self.embed(x) + self.positions[:x.shape[1]])
-        x = torch.cat([front, x], 1).transpose(0, 1)
-        pad = ~torch.cat([front_valid, valid], 1)
+        x = torch.cat([cond, x], 1).transpose(0, 1)
+        pad = ~torch.cat([cond_valid, valid], 1)
         h = self.layers(x, src_key_padding_mask=pad)
-        return h[front.shape[1]:].transpose(0, 1)
+        return h[cond.shape[1]:].transpose(0, 1)
 
 
 def build(network, form):
     """A MaskTransformer, ResTransformer or RVQVAE with random weights."""
-    config = ModelConfig(spectral_attn='DynMask' in form)
-    if network is RVQVAE:
-        config = VQConfig()
+    config = VQConfig() if network is RVQVAE else ModelConfig(spectral_attn='DynMask' in form)
     model = network(config)
     if network is MaskTransformer:
         model.G.copy_(msd.gram(torch.randn(512, 512)))
@@ -233,72 +202,23 @@ def generation(B, form):
     return work
 
 
-def zscore_pairs(A):
-    """z of Eq 13, over all pairs of A (..., n, n)."""
-    centred = A - A.mean((-2, -1), keepdim=True)
-    return centred / (centred.square().mean((-2, -1), keepdim=True) + msd.EPS).sqrt()
-
-
-def attention(n, form, H=6, d=64, W=8, a=0.3):
-    """Forward and backward pass of one layer's motion-aware attention -> (2, H, n, d). 'plain'
-    computes Eq 13 with its n x n tensors. 'ours' appends W + 2 dimensions to queries and keys, even
-    where fast.spread_prior would prefer to form z(S) (up to 256 tokens on a CPU)."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, H, n, d, device=run.device)
-    for x in (q, k, v):
-        x.requires_grad_()
-    ids = torch.randint(512, (2, n), device=run.device)
-    everything = torch.ones(2, n, dtype=torch.bool, device=run.device)
-    G = msd.gram(torch.randn(512, 512, device=run.device))
-    f, seen = msd.spectrum(ids, G, everything, W)
-    phi = msd.descriptor(f)
-    scaled = q * d ** -0.5
-    if form == 'plain':
-        psi = phi * msd.band_weights(W, phi.device).sqrt()
-        S = zscore_pairs(-torch.cdist(psi, psi).square())
-        A = (1 - a) * zscore_pairs(scaled @ k.mT) + a * S[:, None]
-        o = A.softmax(-1) @ v
-    else:
-        wide = -(d + W + 2) % 8
-        prior = [F.pad(part, (0, wide))[:, None] for part in msd.prior_qk(phi, seen)]
-        sigma = (fast.logit_variance(scaled, k, everything) + msd.EPS).sqrt()
-        o = fast.appended_attention(scaled, k, v, (1 - a) / sigma, a, prior, None)
-    o.square().mean().backward()
-    return o.detach()
-
-
-# ------------------------------------------------------------------------------------------- tables
-
+cuda = run.device != 'cpu'
 name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
 results['machine'] = {'name': name, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
                       'dtype': run.dtype}
 print(results['machine'])
 vq = build(RVQVAE, 'ours').eval()
 vq.init_codebooks(motion, run.generator)
+
 forms = ['plain', 'ours'] + ['compiled'] * compile
 with_dynmask = ['plain', 'ours', 'ours, DynMask'] + ['compiled, DynMask'] * compile
-tables = what.split(',')
-
-if 'step' in tables:
-    size = f'training step, batch {batch} x {n_tokens} tokens'
-    compare(f'masked transformer, {size}', partial(transformer_step, MaskTransformer),
-            [*with_dynmask, 'ours, Muon'])
-    compare(f'residual transformer, {size}', partial(transformer_step, ResTransformer), forms)
-    compare(f'tokenizer, training step, {4 * batch} x 64 frames', tokenizer_step, forms)
-
-if 'generate' in tables:
-    for B in sorted({1, prompts_at_once}):
-        title = f'generation, {B} prompt(s) of {n_tokens} tokens, 10 steps and 5 layers'
-        compare(title, partial(generation, B), with_dynmask)
-
-if 'attention' in tables:
-    for n in (49, 256, 1024, 4096):
-        if n <= max_tokens:
-            title = f'attention, forward and backward, float32, {n} tokens'
-            table = compare(title, lambda form: partial(attention, n, form), ['plain', 'ours'])
-            difference = (attention(n, 'plain') - attention(n, 'ours')).abs().max()
-            table['largest difference'] = float(difference)
-            print(f'  largest difference {difference:.1g}')
+size = f'training step of {batch} x {n_tokens} tokens'
+compare(f'masked transformer, {size}', partial(transformer_step, MaskTransformer),
+        [*with_dynmask, 'ours, Muon'])
+compare(f'residual transformer, {size}', partial(transformer_step, ResTransformer), forms)
+compare(f'tokenizer, training step of {4 * batch} x 64 frames', tokenizer_step, forms)
+for B in sorted({1, prompts_at_once}):
+    compare(f'generation, prompts: {B}', partial(generation, B), with_dynmask)
 
 path = bench_json or os.path.join(ROOT, 'assets', f'bench_{run.device[:4]}.json')
 with atomic_write(path, 'w') as f:

@@ -273,19 +273,6 @@ def test_evaluation_of_a_tokenizer_alone_and_foot_slide(folder):
     assert list(rows) == ['real motion', 'tokenizer']
 
 
-def test_bench(folder):
-    """Every table, at the smallest size."""
-    run(folder, 'bench.py', '--batch=1', '--frames=16', '--prompts_at_once=1', '--max_tokens=49',
-        '--warm=0', '--rounds=1', '--bench_json=bench.json')
-    tables = json.loads((folder / 'bench.json').read_text())
-    assert tables.pop('machine')['name']
-    assert len(tables) == 5
-    assert all(table['plain']['ms'] > 0 and table['ours']['ms'] > 0 for table in tables.values())
-    masked, _, _, generation, attention = tables.values()
-    assert masked['ours, DynMask']['ms'] > 0 and generation['ours, DynMask']['ms'] > 0
-    assert attention['largest difference'] < 1e-5
-
-
 @pytest.mark.skipif(not os.path.isdir(GOLDEN),
                     reason='the reference checkpoints (../shared/golden) are not here')
 def test_official_checkpoints(folder):
