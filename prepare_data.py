@@ -14,7 +14,6 @@ text and tokens. A UserError about one clip skips and counts it.
 import argparse
 import contextlib
 import csv
-import functools
 import hashlib
 import math
 import os
@@ -23,19 +22,17 @@ import signal
 import tempfile
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from lib import toy
-from lib.bandai import BANDAI_FILE, bandai_captions, bandai_files, bandai_joints, bandai_split
-from lib.bvh import MAX_FPS
-from lib.configurator import NOT_TEXT, UserError, install_error_hook
+from lib import bandai, humanml, toy
+from lib.bvh import decode
+from lib.configurator import UserError, install_error_hook
 from lib.data import mean_std, save_meta, save_split
-from lib.humanml import (SPLITS, HumanML3D, babel_clips, babel_entries, captioned_clips,
-                         check_length, cmu_clips, cmu_trial, decode_text, load_features,
-                         read_captions, read_split_lists, simple_tags, skipping)
+from lib.humanml import SPLITS, HumanML3D, skipping
 from lib.motion import SKELETONS, joints_to_features
 from lib.runtime import read, read_array
 from lib.takes import AXES, MAX_FRAMES, SUFFIXES, UNITS, cut, read_take, take_settings
@@ -45,30 +42,28 @@ SMPL = SKELETONS['smpl22']
 OUR_FILES = re.compile(r'meta\.json|(mean|std)\.npy|\w+_(motion\.npy|clips\.npz|captions\.json)|'
                        r'text_\w+\.npz|tokens_\w+\.np[yz]|\..*\.tmp')
 
-# ------------------------------------------------------------------------- common to all converters
-
 
 def check_out(out, src=None):
-    """UserError if writing the data set `out` would delete what is not one, or its own source."""
+    """UserError if writing the data set `out` would replace anything else, or its own source."""
+    problem = ''
     if out.name in ('', '..'):
-        raise UserError(f'--out={out} has no name for the data set, expected data/NAME')
-    if out.is_symlink():
-        raise UserError(f'{out} is a link; give the folder itself as --out')
-    if src and Path(src).resolve().is_relative_to(out.resolve()):
-        raise UserError(f'--src={src} is inside --out={out}, which would replace it; choose '
-                        'another --out')
-    if out.exists():
+        problem = 'has no name for the data set'
+    elif out.is_symlink():
+        problem = 'is a link'
+    elif src and Path(src).resolve().is_relative_to(out.resolve()):
+        problem = f'would replace --src={src}, which is inside'
+    elif out.exists():
         files = os.listdir(out) if out.is_dir() else [out.name]
         strange = [name for name in files if not OUR_FILES.fullmatch(name)]
         if strange or 'meta.json' not in files:
-            raise UserError(f'{out} is not only a prepared data set (it has '
-                            f'{strange[0] if strange else "no meta.json"}); choose another --out')
+            problem = f'is not only a prepared data set (it has {(strange or ["no meta.json"])[0]})'
+    if problem:
+        raise UserError(f'--out={out} {problem}: choose another --out=data/NAME')
 
 
 @contextlib.contextmanager
 def all_or_nothing(out, src=None):
     """A temporary folder beside `out` that replaces it only if the block succeeds."""
-    out = Path(out)
     check_out(out, src)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,20 +77,16 @@ def all_or_nothing(out, src=None):
         new.rename(out)
 
 
-def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **how):
+def write_dataset(folder, name, splits, skipped=(), skeleton_key='smpl22', stats=None, **how):
     """Write splits {split: iterable of (name, features, captions)} and print what was written.
 
     skipped: a Counter of reasons, which may grow while clips are read. stats: the data set's own
-    mean and std; by default they are computed from the training split. how: steady and
-    contact_threshold, if joints_to_features was called with them. UserError if there is no training
-    clip.
+    mean and std; by default they are computed from the training split. how: what joints_to_features
+    was called with. UserError if there is no training clip.
     """
     skeleton = SKELETONS[skeleton_key]
-    counts = {}
-    for split, clips in splits.items():
-        count = save_split(folder, split, clips)
-        if count:
-            counts[split] = count
+    counts = {split: save_split(folder, split, clips) for split, clips in splits.items()}
+    counts = {split: count for split, count in counts.items() if count}
     for reason, n in sorted(Counter(skipped).items()):
         print(f'skipped {n:,}: {reason}')
     if 'train' not in counts:
@@ -106,7 +97,7 @@ def write_dataset(folder, name, skeleton_key, splits, skipped=(), stats=None, **
         stats = mean_std(features, skeleton.n_joints)
     meta = dict(name=name, skeleton=skeleton_key, max_frames=MAX_FRAMES, steady=False,
                 contact_threshold=skeleton.contact_threshold, counts=counts, skipped=dict(skipped))
-    save_meta(folder, {**meta, **how}, *stats)
+    save_meta(folder, meta | how, *stats)
     for split, count in counts.items():
         print(f'{split:5s} {count["clips"]:6,} clips  {count["frames"]:9,} frames  '
               f'{count["captions"]:7,} captions')
@@ -116,10 +107,10 @@ def in_parallel(work, jobs, title, ahead=64):
     """Yield work(job) for each job, in order, computed on every core that this process may use. At
     most `ahead` jobs are read in advance, so an archive is never in memory as a whole."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None
+    ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)   # it is for this process
     waiting = deque()
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        with ProcessPoolExecutor(cores, **quiet) as pool:   # Ctrl-C is for this process
+        with ProcessPoolExecutor(cores, initializer=ignore_ctrl_c) as pool:
             for job in tqdm(jobs, title, unit='clip', mininterval=1):
                 waiting.append(pool.submit(work, job))
                 if len(waiting) == ahead:
@@ -149,132 +140,115 @@ def toy_clip(seed):
 def prepare_toy(folder, sizes=TOY_SIZES):
     """Procedural motion with captions and scripts, deterministic by seed. sizes: clips per
     split."""
-    splits = {}
-    for split, n in sizes.items():
-        seeds = range(TOY_FIRST_SEED[split], TOY_FIRST_SEED[split] + n)
-        splits[split] = in_parallel(toy_clip, seeds, split)
-    write_dataset(folder, 'toy', 'smpl22', splits, steady=True, contact_threshold=TOY_CONTACT)
+    splits = {split: in_parallel(toy_clip, range(first, first + sizes[split]), split)
+              for split, first in TOY_FIRST_SEED.items()}
+    write_dataset(folder, 'toy', splits, steady=True, contact_threshold=TOY_CONTACT)
 
 
 # ------------------------------------------------------------------------------------------- bandai
 
 
+def add_pairs(splits, split, pairs):
+    """Add clips to a split, in training each followed by its mirror image. pairs: of `cut`."""
+    for clip, mirrored in pairs:
+        splits[split] += [clip, mirrored] if split == 'train' else [clip]
+
+
 def bandai_clips(file):
     """(path, bytes) -> split, [(clip, its mirror image)], Counter of reasons if there are none."""
     path = Path(file[0])
-    content, style = BANDAI_FILE.fullmatch(path.name).groups()
+    content, style = bandai.BANDAI_FILE.fullmatch(path.name).groups()
     pairs, skipped = [], Counter()
     with skipping(skipped):
-        pairs = cut(path.stem, bandai_joints(file), bandai_captions(content, style))
-    return bandai_split(path.stem), pairs, skipped
+        captions = bandai.bandai_captions(content, style)
+        pairs = cut(path.stem, bandai.bandai_joints(file), captions)
+    return bandai.bandai_split(path.stem), pairs, skipped
 
 
-def prepare_bandai(folder, src):
-    """Bandai-Namco-Research-Motiondataset 1 and 2. Each training clip is followed by its mirror
-    image."""
+def prepare_bandai(folder, args):
+    """Bandai-Namco-Research-Motiondataset 1 and 2."""
     splits = {split: [] for split in SPLITS}
     skipped = Counter()
-    for split, pairs, reasons in in_parallel(bandai_clips, bandai_files(src), 'bandai'):
-        for clip, mirrored in pairs:
-            splits[split] += [clip, mirrored] if split == 'train' else [clip]
+    files = bandai.bandai_files(args.src)
+    for split, pairs, reasons in in_parallel(bandai_clips, files, 'bandai'):
+        add_pairs(splits, split, pairs)
         skipped += reasons
-    write_dataset(folder, 'bandai', 'smpl22', splits, skipped, steady=True)
+    write_dataset(folder, 'bandai', splits, skipped, steady=True)
 
 
-# ----------------------------------- hml3d, kit, babel: features in new_joint_vecs/<id>.npy (T, D)
+# ---------------------------------------------------------- the layouts of HumanML3D, KIT and BABEL
 
 
-def hml3d_clips(src, ids, split, skeleton, skipped):
-    """Yield the clips of one split of HumanML3D or KIT-ML."""
-    for name in tqdm(ids, split, unit='clip', mininterval=1):
-        with skipping(skipped):
-            features = load_features(Path(src, 'new_joint_vecs', f'{name}.npy'), skeleton)
-            check_length(features, skeleton, 'clip')
-            captions = read_captions(Path(src, 'texts', f'{name}.txt'), skipped)
-            yield from captioned_clips(name, features, captions, skeleton, skipped)
-
-
-def prepare_hml3d(folder, src, name):
-    """HumanML3D or KIT-ML as everybody has it: new_joint_vecs/, texts/, train.txt val.txt test.txt,
-    Mean.npy Std.npy. The lists and the statistics may be missing."""
-    skeleton_key = 'kit21' if name == 'kit' else 'smpl22'
+def prepare_hml3d(folder, args):
+    """HumanML3D or KIT-ML as everybody has it: new_joint_vecs/<id>.npy (T, D), texts/, train.txt
+    val.txt test.txt, Mean.npy Std.npy. The lists and the statistics may be missing."""
+    skeleton_key = 'kit21' if args.name == 'kit' else 'smpl22'
     skeleton = SKELETONS[skeleton_key]
-    for part in ('new_joint_vecs', 'texts'):
-        if not Path(src, part).is_dir():
-            raise UserError(f'{src} has no folder {part}; --src is the folder that holds '
-                            'new_joint_vecs, texts (unpack texts.zip there) and train.txt')
-    ids = read_split_lists(src)
+    source = HumanML3D(args.src, 'new_joint_vecs')
+    vectors = source.find('new_joint_vecs')
+
+    def load(name):
+        return humanml.load_features(vectors / f'{name}.npy', skeleton)
+
+    ids = source.ids
     if not ids:
-        everything = sorted(path.stem for path in Path(src, 'new_joint_vecs').glob('*.npy'))
-        print(f'{src} has no train.txt, val.txt or test.txt: all {len(everything)} clips go into '
-              'all three splits, to try things out')
+        everything = sorted(path.stem for path in vectors.glob('*.npy'))
+        print(f'{args.src} has no train.txt, val.txt or test.txt: all {len(everything)} clips go '
+              'into all three splits, to try things out')
         ids = dict.fromkeys(SPLITS, everything)
 
-    paths = [Path(src, file) for file in ('Mean.npy', 'Std.npy')]
+    paths = [source.find('Mean.npy'), source.find('Std.npy')]
     stats = None
-    if all(path.exists() for path in paths):
-        stats = [read_array(path, 'remove both, and they are computed') for path in paths]
+    if None in paths:
+        print(f'{args.src} has no Mean.npy and Std.npy: computing them from the training split')
     else:
-        print(f'{src} has no Mean.npy and Std.npy: computing them from the training split')
-    if stats and not all(s.shape == (skeleton.dim,) and np.isfinite(s).all() for s in stats):
-        raise UserError(f'{src}/Mean.npy and Std.npy should be {skeleton.dim} finite numbers each, '
-                        f'found shapes {[s.shape for s in stats]}; hml3d has 263, kit 251')
-
+        stats = [read_array(path, 'remove both, and they are computed') for path in paths]
+        if not all(s.shape == (skeleton.dim,) and np.isfinite(s).all() for s in stats):
+            raise UserError(f'{paths[0]} and Std.npy should be {skeleton.dim} finite numbers each, '
+                            f'found shapes {[s.shape for s in stats]}; hml3d has 263, kit 251')
     skipped = Counter()
-    splits = {split: hml3d_clips(src, names, split, skeleton, skipped)
-              for split, names in ids.items()}
-    write_dataset(folder, name, skeleton_key, splits, skipped, stats)
+    splits = {split: source.clips(names, load, skeleton, skipped) for split, names in ids.items()}
+    write_dataset(folder, args.name, splits, skipped, skeleton_key, stats)
 
 
-# ------------------------------------------- cmu: motion of the CMU database, captions of HumanML3D
-
-
-def cmu_split(ids, clips, source, skipped):
-    """Yield the clips of one split. clips: {name: features}. source: a HumanML3D."""
-    for name in ids:
-        if name in clips:
-            with skipping(skipped):
-                captions = source.captions(name, skipped)
-                yield from captioned_clips(name, clips[name], captions, SMPL, skipped)
-
-
-def prepare_cmu(folder, src, texts):
-    """The CMU motion capture database as BVH (src, a clone of una-dinosauria/cmu-mocap) with the
-    captions, cuts and splits of HumanML3D (texts, a clone of it): 2,913 of its 14,616 clips and
-    their mirror images. Bodies have CMU's proportions, not SMPL's, so figures do not compare with
-    HumanML3D's."""
-    source = HumanML3D(texts)
-    files = {path.stem: path for path in sorted(Path(src).rglob('*.bvh'))}
-    skipped = Counter()
-    trials = {}
-    for row in source.rows:
-        trial = cmu_trial(row['source_path'])
-        if trial in files:
-            cut_at = Path(row['new_name']).stem, int(row['start_frame']), int(row['end_frame'])
-            trials.setdefault(files[trial], []).append(cut_at)
-        elif trial:
-            skipped['clip of a trial that is not in --src'] += 1
-    clips = {}
-    for of_trial, reasons in in_parallel(cmu_clips, trials.items(), 'cmu'):
-        clips.update(of_trial)
-        skipped.update(reasons)
-    splits = {split: cmu_split(ids, clips, source, skipped) for split, ids in source.ids.items()}
-    write_dataset(folder, 'cmu', 'smpl22', splits, skipped, steady=True)
-
-
-# -------------------------------------------------------------------------------------------- babel
-
-
-def prepare_babel(folder, src):
-    """BABEL: src holds train.json and val.json of its release, and new_joint_vecs/<babel_sid>.npy
+def prepare_babel(folder, args):
+    """BABEL: --src holds train.json and val.json of its release, and new_joint_vecs/<babel_sid>.npy
     (or named like the last part of feat_p), which are HumanML3D features (T, 263) at 20 fps of the
     whole AMASS sequence. Each frame_ann segment is a clip; without segments, the whole sequence
     (seq_ann) is. BABEL's test labels are not public, so the test split repeats val."""
     skipped = Counter()
     splits = {}
     for split, file in dict(train='train.json', val='val.json', test='val.json').items():
-        splits[split] = babel_clips(src, babel_entries(Path(src, file)), split, skipped)
-    write_dataset(folder, 'babel', 'smpl22', splits, skipped)
+        entries = humanml.babel_entries(Path(args.src, file))
+        splits[split] = humanml.babel_clips(args.src, entries, split, skipped)
+    write_dataset(folder, 'babel', splits, skipped)
+
+
+def prepare_cmu(folder, args):
+    """The CMU motion capture database as BVH (--src, a clone of una-dinosauria/cmu-mocap) with the
+    captions, cuts and splits of HumanML3D (--texts, a clone of it): 2,913 of its 14,616 clips and
+    their mirror images. Bodies have CMU's proportions, not SMPL's, so figures do not compare with
+    HumanML3D's."""
+    if not args.texts:
+        raise UserError('cmu needs --texts=PATH, a clone of github.com/EricGuo5513/HumanML3D')
+    source = HumanML3D(args.texts, 'index.csv')
+    files = {path.stem: path for path in sorted(Path(args.src).rglob('*.bvh'))}
+    skipped = Counter()
+    trials = {}
+    for trial, *part in read(source.find('index.csv'), 'get it again', humanml.cmu_cuts):
+        if trial in files:
+            trials.setdefault(files[trial], []).append(part)
+        elif trial:
+            skipped['clip of a trial that is not in --src'] += 1
+    clips = {}
+    for of_trial, reasons in in_parallel(humanml.cmu_clips, trials.items(), 'cmu'):
+        clips.update(of_trial)
+        skipped.update(reasons)
+    splits = {}
+    for split, ids in source.ids.items():
+        ids = [name for name in ids if name in clips]
+        splits[split] = source.clips(ids, clips.get, SMPL, skipped)
+    write_dataset(folder, 'cmu', splits, skipped, steady=True)
 
 
 # ------------------------------------------------------------ folder: BVH files and arrays of yours
@@ -284,58 +258,49 @@ def own_clips(job, settings, fps):
     """(path, name, texts) -> [(clip, its mirror image)], notes and unused names of `read_take`, and
     a Counter of reasons if there are no clips."""
     path, name, texts = job
-    pairs, notes, unused, skipped = [], [], None, Counter()
+    pairs, notes, unused, skipped = [], [], set(settings.joints.values()), Counter()
     with skipping(skipped):
-        take = read_take(path, settings, fps)
-        notes, unused = take.notes, take.unused
-        captions = [dict(text=text, tokens=simple_tags(text)) for text in texts]
-        pairs = cut(name, take.joints, captions)
+        joints, notes, unused = read_take(path, settings, fps)
+        captions = [dict(text=text, tokens=humanml.simple_tags(text)) for text in texts]
+        pairs = cut(name, joints, captions)
     return pairs, notes, unused, skipped
 
 
 def read_table(path, skipped):
     """Lines 'file,caption' (or with ; or a tab) -> {file without its suffix: [captions]}."""
-    hint = 'expected lines file,caption; --captions says where they are'
-    text = read(path, hint, decode_text)
-    separator = re.search(r'[,;\t]', text.lstrip())
-    rows = read(path, hint, lambda path: list(csv.reader(
-        text.splitlines(), delimiter=separator[0] if separator else ',')))
+    text = decode(read(path, 'expected lines file,caption; --captions says where they are',
+                       Path.read_bytes))
+    separator = re.search(r'[,;\t]|$', text.lstrip())[0] or ','
     texts = {}
-    for file, *cells in filter(any, rows):
-        file = file.strip()
-        text = ','.join(cells).strip().lower()   # several cells if commas are not quoted
-        if (file.lower(), text) == ('file', 'caption'):
+    for file, *cells in filter(any, csv.reader(text.splitlines(), delimiter=separator)):
+        file = os.path.normpath(file.strip().replace('\\', '/'))
+        caption = ','.join(cells).strip().lower()   # several cells if commas are not quoted
+        if (file.lower(), caption) == ('file', 'caption'):
             continue
-        if not file or not re.search(r'\w', text) or NOT_TEXT.search(text):
+        if file == '.' or not caption:
             skipped['line of the captions without file and caption'] += 1
-        elif not re.search('[a-z0-9]', text):
-            skipped['caption without a letter a to z or a digit, which no text encoder reads'] += 1
+        elif not humanml.is_readable(caption):
+            skipped[humanml.UNREADABLE] += 1
         else:
-            file = os.path.normpath(file.replace('\\', '/'))
-            if file.lower().endswith(SUFFIXES):
-                file = file[:-4]
-            texts.setdefault(file, []).append(text)
+            stem = file[:-4] if file.lower().endswith(SUFFIXES) else file
+            texts.setdefault(stem, []).append(caption)
     return texts
 
 
-def prepare_folder(folder, name, args):
-    """All BVH files, and .npy and .npz files of joints or features, under args.src, with the
-    settings of the command line. The split of a file is decided by a hash of its name. Each
-    training clip is followed by its mirror image."""
-    src, fps = args.src, args.fps
-    files = [path for path in sorted(Path(src).rglob('*'))
+def prepare_folder(folder, args):
+    """All BVH files, and .npy and .npz files of joints or features, under --src. The split of a
+    file is decided by a hash of its name."""
+    name = Path(args.out).name
+    settings = take_settings(args.joints, args.unit, args.up, args.root)
+    skipped, refused, notes = Counter(), Counter(), Counter()
+    files = [path for path in sorted(Path(args.src).rglob('*'))
              if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not files:
-        raise UserError(f'{src} holds no {", ".join(SUFFIXES)} file')
-    if fps and not 1 <= fps <= MAX_FPS:
-        raise UserError(f'--fps is {fps:g}, expected 1 to {MAX_FPS} frames per second')
-    settings = take_settings(args.joints, args.unit, args.up, args.root)
-
-    skipped = Counter()
-    texts = read_table(Path(args.captions or Path(src, 'captions.csv')), skipped)
+        raise UserError(f'{args.src} holds no {", ".join(SUFFIXES)} file')
+    texts = read_table(Path(args.captions or Path(args.src, 'captions.csv')), skipped)
     jobs, named = [], set()
     for path in files:
-        place = path.relative_to(src).with_suffix('').as_posix()
+        place = path.relative_to(args.src).with_suffix('').as_posix()
         keys = dict.fromkeys([place, path.stem])
         of_file = [text for key in keys for text in texts.get(key, [])]
         jobs.append((path, place.replace('/', '-'), of_file))
@@ -344,13 +309,11 @@ def prepare_folder(folder, name, args):
     if strays:
         skipped['caption of a file that is not there'] = strays
 
-    usable, notes, unused = [], Counter(), set(settings.joints.values())
-    refused = Counter()
-    work = functools.partial(own_clips, settings=settings, fps=fps)
+    usable, unused = [], set(settings.joints.values())
+    work = partial(own_clips, settings=settings, fps=args.fps)
     for pairs, of_file, unused_here, reasons in in_parallel(work, jobs, name):
         refused += reasons
-        if unused_here is not None:
-            unused &= unused_here
+        unused &= unused_here
         if pairs:
             usable.append(pairs)
             notes.update(of_file)
@@ -365,61 +328,51 @@ def prepare_folder(folder, name, args):
     if len(usable) < len(SPLITS) or silent == len(usable):
         reasons = refused if len(usable) < len(SPLITS) else skipped
         often = f', most often because: {max(reasons, key=reasons.get)}' if reasons else ''
-        raise UserError(f'{src} has {len(usable)} usable files, {silent} of them without a '
+        raise UserError(f'{args.src} has {len(usable)} usable files, {silent} of them without a '
                         f'caption, expected 3 or more, with captions{often}')
 
-    skipped += refused
     usable.sort(key=lambda pairs: hashlib.md5(pairs[0][0][0].encode()).hexdigest())
-    first_val = math.ceil(0.1 * len(usable))
-    first_train = first_val + math.ceil(0.05 * len(usable))
-    splits = {
-        'train': [clip for pairs in usable[first_train:] for pair in pairs for clip in pair],
-        'val': [clip for pairs in usable[first_val:first_train] for clip, _ in pairs],
-        'test': [clip for pairs in usable[:first_val] for clip, _ in pairs]}
-    write_dataset(folder, name, 'smpl22', splits, skipped, steady=True)
+    n_test, n_val = math.ceil(0.1 * len(usable)), math.ceil(0.05 * len(usable))
+    splits = {split: [] for split in SPLITS}
+    for i, pairs in enumerate(usable):
+        split = 'test' if i < n_test else 'val' if i < n_test + n_val else 'train'
+        add_pairs(splits, split, pairs)
+    write_dataset(folder, name, splits, skipped + refused, steady=True)
 
 
 # ------------------------------------------------------------------------------------- command line
+
+CONVERTERS = dict(bandai=prepare_bandai, cmu=prepare_cmu, hml3d=prepare_hml3d, kit=prepare_hml3d,
+                  babel=prepare_babel, folder=prepare_folder)
 
 
 def main(argv=None):
     """Prepare one data set. UserError if that is impossible; then nothing was written."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument('name', choices=['toy', 'bandai', 'cmu', 'hml3d', 'kit', 'babel', 'folder'])
+    parser.add_argument('name', choices=['toy', *CONVERTERS])
     parser.add_argument('--src', help='where the data is (all but toy)')
     parser.add_argument('--out', help='default data/NAME')
     parser.add_argument('--texts', help='cmu: the clone of HumanML3D')
     own = parser.add_argument_group('folder')
     own.add_argument('--captions', help='csv of lines file,caption; default SRC/captions.csv')
-    own.add_argument('--joints', default='', help='json: names of joints that are not known, as in '
-                                                  'config/joint_names.json')
-    own.add_argument('--unit', default='', help=f'{", ".join(UNITS)} or metres; default: what fits '
-                                                'a body, for each file')
-    own.add_argument('--up', default='', help=f'axis ({", ".join(AXES)}); default: from the body')
-    own.add_argument('--root', default='', help='of a BVH file with several: its name, or 1, 2 ...')
+    for key, meaning in {
+            'joints': 'json: names of joints that are not known, as in config/joint_names.json',
+            'unit': f'{", ".join(UNITS)} or metres; default: what fits a body, for each file',
+            'up': f'axis ({", ".join(AXES)}); default: from the body',
+            'root': 'of a BVH file with several: its name, or 1, 2 ...'}.items():
+        own.add_argument(f'--{key}', default='', help=meaning)
     own.add_argument('--fps', type=float, default=0, help='frames per second of arrays')
     args = parser.parse_args(argv)
+    args.out = args.out or f'data/{args.name}'
     if args.name != 'toy' and not args.src:
         raise UserError(f'{args.name} needs --src=PATH, the place of its data; see --help')
-    if args.name == 'cmu' and not args.texts:
-        raise UserError('cmu needs --texts=PATH, a clone of github.com/EricGuo5513/HumanML3D')
-
-    out = args.out or f'data/{args.name}'
-    with all_or_nothing(out, args.src) as folder:
+    with all_or_nothing(Path(args.out), args.src) as folder:
         if args.name == 'toy':
             prepare_toy(folder)
-        elif args.name == 'bandai':
-            prepare_bandai(folder, args.src)
-        elif args.name == 'cmu':
-            prepare_cmu(folder, args.src, args.texts)
-        elif args.name == 'babel':
-            prepare_babel(folder, args.src)
-        elif args.name == 'folder':
-            prepare_folder(folder, Path(out).name, args)
         else:
-            prepare_hml3d(folder, args.src, args.name)
-    print(f'wrote {out}')
+            CONVERTERS[args.name](folder, args)
+    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':

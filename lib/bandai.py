@@ -26,20 +26,17 @@ def bandai_captions(content, style):
         does, acts = swap_sides(does), swap_sides(acts)
     adjective, how, way = PHRASES['style'][style]
     who = f'{adjective or "the/DET"} person/NOUN'
-    captions = []
-    for phrase in (f'a/DET person/NOUN {does} {how}', f'someone/PRON {acts} {way}',
-                   f'{who} {does}', f'{who} {acts}',
-                   f'a/DET figure/NOUN {acts} {how}', f'a/DET person/NOUN {does} {way}'):
-        text = re.sub(r'(=\S+)?/[A-Z]+', '', phrase)   # 'he/PRON walks=walk/VERB' -> 'he walks'
-        tokens = re.sub(r'\S+=', '', phrase)           # -> 'he/PRON walk/VERB'
-        captions.append(dict(text=text, tokens=tokens))
-    return captions
+    phrases = [f'a/DET person/NOUN {does} {how}', f'someone/PRON {acts} {way}',
+               f'{who} {does}', f'{who} {acts}',
+               f'a/DET figure/NOUN {acts} {how}', f'a/DET person/NOUN {does} {way}']
+    # 'he/PRON walks=walk/VERB' -> 'he walks' and 'he/PRON walk/VERB'
+    return [dict(text=re.sub(r'(=\S+)?/[A-Z]+', '', phrase), tokens=re.sub(r'\S+=', '', phrase))
+            for phrase in phrases]
 
 
 def bandai_files(src):
     """Yield (name, bytes) of each clip in a folder or in a .tar.xz. The archive is read as a stream
-    and to its end, where its checksum is. A folder, link or pipe with the name of a clip has no
-    bytes."""
+    and to its end, where its checksum is. What has the name of a clip but is no file is empty."""
     if Path(src).is_dir():
         for path in sorted(Path(src).rglob('*.bvh')):
             if BANDAI_FILE.fullmatch(path.name):
@@ -64,8 +61,8 @@ def bandai_joints(file):
     names, parents, offsets, channels, frames, fps = read_bvh(file)
     missing = sorted(set(BANDAI_JOINTS.values()) - set(names))
     if missing:
-        raise UserError(f'{file[0]} has another skeleton ({len(names)} joints, without '
-                        f'{", ".join(missing[:3])}): rename its joints to those of Bandai-Namco')
+        raise UserError(f'{file[0]} has another skeleton, without {", ".join(missing[:3])}: rename '
+                        'its joints to those of Bandai-Namco')
     world = bvh_to_joints(parents, offsets, channels, frames) / 100   # from centimetres
     found = {ours: names.index(theirs) for ours, theirs in BANDAI_JOINTS.items()}
     return resample(place_joints(world, found), fps, SKELETONS['smpl22'].fps)

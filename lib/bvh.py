@@ -30,6 +30,16 @@ TIMING = re.compile(r'\s*Frames\s*:\s*(\d{1,9})\s+Frame\s+Time\s*:\s*(\d*\.?\d+(
                     re.IGNORECASE)
 
 
+def decode(content):
+    """The bytes of a text file -> text, in UTF-8, UTF-16 by its byte order mark, or cp1252."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode('utf-16', errors='replace')
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        return content.decode('cp1252', errors='replace')
+
+
 def read_bvh(file, notes=None):
     """A BVH file -> (names, parents (J,), offsets (J, 3), channels, frames (T, C), fps).
 
@@ -41,8 +51,8 @@ def read_bvh(file, notes=None):
     if isinstance(file, tuple):
         file, content = file
     else:
-        content = read(file, 'expected a BVH file', lambda path: Path(path).read_bytes())
-    text = COMMENT.sub('', _decode(content).replace('\r', '\n'))
+        content = read(Path(file), 'expected a BVH file', Path.read_bytes)
+    text = COMMENT.sub('', decode(content).replace('\r', '\n'))
     hierarchy, *motion = MOTION_LINE.split(text, maxsplit=1)
     if not hierarchy.lstrip()[:9].upper() == 'HIERARCHY' or not motion:
         raise UserError(f'{file} is not a BVH file: it lacks the words HIERARCHY and MOTION; '
@@ -56,8 +66,10 @@ def read_bvh(file, notes=None):
     try:
         values = np.array(motion[0][timing.end():].split(), dtype=np.float64)
     except ValueError:
-        raise UserError(f'{file} has text that is not a number in its MOTION block; '
-                        'repair or remove the file') from None
+        values = np.array([np.nan])
+    if not (np.abs(values) < MAX_VALUE).all():   # false for NaN as well
+        raise UserError(f'{file} holds text that is not a number, NaN or a huge number in its '
+                        'MOTION block; repair or remove the file')
 
     # end sites with channels: some files have values for them, others have not
     n_frames = int(timing[1])
@@ -71,22 +83,9 @@ def read_bvh(file, notes=None):
         raise UserError(f'{file} holds {values.size / max(width, 1):.4g} frames where its header '
                         f'promises {n_frames} frames of {width} numbers; it is truncated or '
                         'damaged: copy it again')
-    if not (np.abs(values) < MAX_VALUE).all():   # false for NaN as well
-        raise UserError(f'{file} holds NaN, infinity or huge numbers in its MOTION block; '
-                        'repair or remove the file')
     if notes is not None and rows != n_frames:
         notes.append('the header counts one frame more or less than there are')
     return names, parents, offsets, channels, values.reshape(rows, width), 1 / float(timing[2])
-
-
-def _decode(content):
-    """Bytes -> text, with or without a byte order mark."""
-    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return content.decode('utf-16', errors='replace')
-    try:
-        return content.decode('utf-8-sig')
-    except UnicodeDecodeError:
-        return content.decode('latin-1')
 
 
 def _read_hierarchy(file, text):
@@ -113,7 +112,7 @@ def _read_hierarchy(file, text):
         distinct = all(len(set(c)) == len(c) for c in channels)
         if not names or open_joints != [-1] or not distinct:
             raise ValueError('braces or channels')
-        if not (np.abs(offsets) < MAX_VALUE).all():
+        if not (np.abs(offsets) < MAX_VALUE).all():   # false for NaN as well
             raise ValueError('offsets')
     except (ValueError, AttributeError, IndexError):   # no match, or no brace is open
         raise UserError(f'{file} has a HIERARCHY that cannot be read (after {len(names)} joints); '
@@ -126,24 +125,22 @@ def bvh_to_joints(parents, offsets, channels, frames):
 
     Position channels replace a joint's OFFSET. Rotations (degrees) multiply in their listed order.
     """
-    joints = np.zeros((len(frames), len(parents), 3))
-    rotations = []           # of each joint, in the world
+    # one joint more, which -1 is the index of: the world, the parent of roots
+    joints = np.zeros((len(frames), len(parents) + 1, 3))
+    rotations = np.tile(np.eye(3), (len(parents) + 1, len(frames), 1, 1))
     columns = iter(frames.T)
     for j, parent in enumerate(parents):
         local = np.tile(offsets[j], (len(frames), 1))
-        rotation = rotations[parent] if parent >= 0 else np.eye(3)
+        rotations[j] = rotations[parent]
         for channel in channels[j]:
             axis = 'xyz'.index(channel[0])
             if channel.endswith('position'):
                 local[:, axis] = next(columns)
             else:
                 turn = Rotation.from_euler('xyz'[axis], next(columns)[:, None], degrees=True)
-                rotation = rotation @ turn.as_matrix()
-        rotations.append(rotation)
-        joints[:, j] = local
-        if parent >= 0:
-            joints[:, j] = joints[:, parent] + (rotations[parent] @ local[:, :, None])[:, :, 0]
-    return joints
+                rotations[j] @= turn.as_matrix()
+        joints[:, j] = joints[:, parent] + (rotations[parent] @ local[:, :, None])[:, :, 0]
+    return joints[:, :-1]
 
 
 # ------------------------------------------------------------------------------- fitting rotations
@@ -294,23 +291,20 @@ def write_rotations(path, names, parents, offsets, local, root, fps):
 
     def write_joint(j, depth):
         tab = '  ' * depth
-        offset = '{:.4f} {:.4f} {:.4f}'.format(*offsets[j])
-        lines.append(f'{tab}{"JOINT" if j else "ROOT"} {names[j]}')
-        lines.append(f'{tab}{{')
-        lines.append(f'{tab}  OFFSET {offset}')
-        place = '3' if j else '6 Xposition Yposition Zposition'
-        lines.append(f'{tab}  CHANNELS {place} {turn}')
+        offset = 'OFFSET {:.4f} {:.4f} {:.4f}'.format(*offsets[j])
+        channels = '3' if j else '6 Xposition Yposition Zposition'
+        lines.extend([f'{tab}{"JOINT" if j else "ROOT"} {names[j]}', f'{tab}{{',
+                      f'{tab}  {offset}', f'{tab}  CHANNELS {channels} {turn}'])
         columns.append(angles[:, j])
         children = [child for child in np.flatnonzero(parents == j) if child]
         for child in children:
             write_joint(child, depth + 1)
         if not children:
-            lines.append(f'{tab}  End Site\n{tab}  {{\n{tab}    OFFSET {offset}\n{tab}  }}')
+            lines.append(f'{tab}  End Site\n{tab}  {{\n{tab}    {offset}\n{tab}  }}')
         lines.append(f'{tab}}}')
 
     write_joint(0, 0)
     lines += ['MOTION', f'Frames: {len(root)}', f'Frame Time: {1 / fps:.8f}']
     for row in np.concatenate(columns, axis=1):
         lines.append(' '.join(f'{value:.4f}' for value in row))
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write('\n'.join(lines) + '\n')
+    Path(path).write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -8,26 +8,27 @@ from lib.configurator import UserError
 
 WIDTH = 0.045        # metres from the axis of a stick to its edges
 HEAD = 0.2           # metres from the head joint to the top of the head
+# a stick along the third axis, an octahedron: corners in units of its width and length, triangles
+CORNERS = [[0, 0, 0], [1, 0, .15], [0, 1, .15], [-1, 0, .15], [0, -1, .15], [0, 0, 1]]
 FACES = [[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 1], [5, 2, 1], [5, 3, 2], [5, 4, 3], [5, 1, 4]]
 
 
 def _sticks(rest, skeleton):
-    """Joints (J, 3) of the rest pose -> corners (V, 3) of an octahedron along each bone, the joint
-    (V,) that moves each corner, and triangles (F, 3)."""
-    head = skeleton.names.index('head')
+    """Joints (J, 3) of the rest pose -> corners (V, 3) of a stick along each bone, the joint (V,)
+    that moves each corner, and triangles (F, 3)."""
     bones = [(parent, rest[j]) for j, parent in enumerate(skeleton.parents) if j]
+    head = skeleton.names.index('head')
     bones.append((head, rest[head] + [0, HEAD, 0]))
-    corners, movers, faces = [], [], []
+    corners = []
     for joint, end in bones:
-        start, along = rest[joint], end - rest[joint]
+        along = end - rest[joint]
         side = np.cross(along, np.eye(3)[np.abs(along).argmin()])
         side *= WIDTH / np.linalg.norm(side)
-        other = np.cross(along, side) / max(np.linalg.norm(along), 1e-6)
-        faces.append(np.array(FACES) + 6 * len(corners))
-        corners.append([start] + [start + 0.15 * along + edge
-                                  for edge in (side, other, -side, -other)] + [end])
-        movers += [joint] * 6
-    return np.concatenate(corners), np.array(movers), np.concatenate(faces)
+        other = np.cross(along, side) / np.linalg.norm(along)
+        corners.append(rest[joint] + CORNERS @ np.stack([side, other, along]))
+    movers = np.repeat([joint for joint, _ in bones], len(CORNERS))
+    faces = np.add.outer(len(CORNERS) * np.arange(len(bones)), FACES)
+    return np.concatenate(corners), movers, faces
 
 
 def write_glb(path, joints, skeleton, fps=None, new_fps=None):
@@ -47,69 +48,55 @@ def write_glb(path, joints, skeleton, fps=None, new_fps=None):
             rest[j] = rest[parent] + offsets[j]
     rest[:, 1] -= rest[:, 1].min()   # on the floor
     corners, movers, faces = _sticks(rest, skeleton)
-
-    gltf = gl.GLTF2(asset=gl.Asset(generator='dynmask'))
     blob = bytearray()
+    views, accessors = [], []
 
-    def add(array, component, kind, target=None):
+    def add(array, kind, dtype='<f4', component=gl.FLOAT, **target):
         """Append an array to the file -> the number of its accessor."""
+        array = np.ascontiguousarray(array, dtype)
         rows = array.reshape(len(array), -1)
-        view = gl.BufferView(buffer=0, byteOffset=len(blob), byteLength=array.nbytes, target=target)
-        gltf.bufferViews.append(view)
-        gltf.accessors.append(gl.Accessor(
-            bufferView=len(gltf.bufferViews) - 1, componentType=component, count=len(array),
-            type=kind, min=rows.min(0).tolist(), max=rows.max(0).tolist()))
+        accessors.append(dict(bufferView=len(views), componentType=component, count=len(array),
+                              type=kind, min=rows.min(0).tolist(), max=rows.max(0).tolist()))
+        views.append(dict(buffer=0, byteOffset=len(blob), byteLength=array.nbytes, **target))
         blob.extend(array.tobytes() + bytes(-array.nbytes % 4))
-        return len(gltf.accessors) - 1
-
-    def add_floats(array, kind, target=None):
-        return add(np.ascontiguousarray(array, dtype='<f4'), gl.FLOAT, kind, target)
+        return len(accessors) - 1
 
     # the body: every corner moves with one joint
-    binds = np.tile(np.eye(4), (skeleton.n_joints, 1, 1))
-    binds[:, :3, 3] = -rest
-    skin = gl.Skin(joints=list(range(skeleton.n_joints)), skeleton=0,
-                   inverseBindMatrices=add_floats(binds.swapaxes(1, 2), gl.MAT4))
-    by_joint = np.zeros((len(corners), 4), dtype=np.uint8)
-    by_joint[:, 0] = movers
-    attributes = gl.Attributes(
-        POSITION=add_floats(corners, gl.VEC3, gl.ARRAY_BUFFER),
-        JOINTS_0=add(by_joint, gl.UNSIGNED_BYTE, gl.VEC4, gl.ARRAY_BUFFER),
-        WEIGHTS_0=add_floats(np.eye(4)[[0] * len(corners)], gl.VEC4, gl.ARRAY_BUFFER))
-    triangles = add(faces.astype('<u2').ravel(), gl.UNSIGNED_SHORT, gl.SCALAR,
-                    gl.ELEMENT_ARRAY_BUFFER)
-    primitive = gl.Primitive(attributes=attributes, indices=triangles)
-    gltf.meshes.append(gl.Mesh(primitives=[primitive], name='body'))
-    gltf.skins.append(skin)
-
+    J = skeleton.n_joints
+    binds = np.tile(np.eye(4), (J, 1, 1))
+    binds[:, 3, :3] = -rest   # glTF stores matrices by columns
+    skin = dict(joints=list(range(J)), skeleton=0, inverseBindMatrices=add(binds, gl.MAT4))
+    one, none = np.ones(len(corners)), np.zeros((3, len(corners)))
+    attributes = dict(
+        POSITION=add(corners, gl.VEC3, target=gl.ARRAY_BUFFER),
+        JOINTS_0=add(np.stack([movers, *none], 1), gl.VEC4, 'u1', gl.UNSIGNED_BYTE,
+                     target=gl.ARRAY_BUFFER),
+        WEIGHTS_0=add(np.stack([one, *none], 1), gl.VEC4, target=gl.ARRAY_BUFFER))
+    triangles = add(faces.ravel(), gl.SCALAR, '<u2', gl.UNSIGNED_SHORT,
+                    target=gl.ELEMENT_ARRAY_BUFFER)
     parents = skeleton.parents
-    for j, name in enumerate(skeleton.names):
-        children = [child for child in np.flatnonzero(parents == j).tolist() if child]
-        place = rest[j] - rest[parents[j]] if j else rest[0]
-        gltf.nodes.append(gl.Node(name=name, translation=place.tolist(), children=children))
-    gltf.nodes.append(gl.Node(name='body', mesh=0, skin=0))
-    gltf.scenes.append(gl.Scene(nodes=[0, skeleton.n_joints]))
-    gltf.scene = 0
+    nodes = [dict(name=name, translation=(rest[j] - rest[parents[j]] if j else rest[0]).tolist(),
+                  children=[child for child in np.flatnonzero(parents == j).tolist() if child])
+             for j, name in enumerate(skeleton.names)]
+    nodes.append(dict(name='body', mesh=0, skin=0))
 
     # the animation
-    times = add_floats(np.arange(len(root)) / (new_fps or fps), gl.SCALAR)
-    animation = gl.Animation(name='motion')
-
-    def animate(joint, path, values, kind):
-        sampler = gl.AnimationSampler(input=times, output=add_floats(values, kind))
-        target = gl.AnimationChannelTarget(node=joint, path=path)
-        animation.channels.append(gl.AnimationChannel(sampler=len(animation.samplers),
-                                                      target=target))
-        animation.samplers.append(sampler)
-
-    animate(0, 'translation', root, gl.VEC3)
-    for j in range(skeleton.n_joints):
+    times = add(np.arange(len(root)) / (new_fps or fps), gl.SCALAR)
+    curves = [(0, 'translation', add(root, gl.VEC3))]
+    for j in range(J):
         turns = Rotation.from_matrix(local[:, j]).as_quat()
         flips = np.sign((turns[1:] * turns[:-1]).sum(-1)) < 0   # q and -q are the same rotation
         turns[1:] *= np.where(np.cumsum(flips) % 2, -1, 1)[:, None]
-        animate(j, 'rotation', turns, gl.VEC4)
-    gltf.animations.append(animation)
+        curves.append((j, 'rotation', add(turns, gl.VEC4)))
+    animation = dict(
+        name='motion', samplers=[dict(input=times, output=values) for *_, values in curves],
+        channels=[dict(sampler=i, target=dict(node=j, path=what))
+                  for i, (j, what, _) in enumerate(curves)])
 
-    gltf.buffers.append(gl.Buffer(byteLength=len(blob)))
+    gltf = gl.GLTF2.from_dict(dict(
+        asset=dict(version='2.0', generator='dynmask'), scene=0, scenes=[dict(nodes=[0, J])],
+        nodes=nodes, skins=[skin], animations=[animation], bufferViews=views, accessors=accessors,
+        meshes=[dict(name='body', primitives=[dict(attributes=attributes, indices=triangles)])],
+        buffers=[dict(byteLength=len(blob))]))
     gltf.set_binary_blob(bytes(blob))
     gltf.save_binary(str(path))

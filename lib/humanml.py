@@ -2,6 +2,7 @@
 preparation, and the trials of the CMU database that HumanML3D has captions for."""
 import contextlib
 import csv
+import json
 import math
 import os
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.configurator import NOT_TEXT, UserError
+from lib.bvh import decode
+from lib.configurator import NOT_TEXT, ROOT, UserError
 from lib.data import LARGEST
 from lib.motion import SKELETONS, joints_to_features, mirror
 from lib.runtime import read, read_array, read_json, read_text
@@ -19,7 +21,10 @@ from lib.takes import read_take
 
 SPLITS = ('train', 'val', 'test')
 SMPL = SKELETONS['smpl22']
-TOO_LONG = 200     # frames; the standard preparation drops clips that are as long
+SMALL_WORDS = json.loads(Path(ROOT, 'config', 'small_words.json').read_text(encoding='utf-8'))
+TAG_OF = {word: tag for tag, words in SMALL_WORDS['tags'].items() for word in words.split()}
+WHO = SMALL_WORDS['who'].split()
+UNREADABLE = 'caption that no text encoder reads: it has no letter a to z and no digit'
 
 
 @contextlib.contextmanager
@@ -31,13 +36,8 @@ def skipping(skipped):
         skipped[str(reason)] += 1
 
 
-def decode_text(path):
-    """The text of a file in UTF-8 or, failing that, in Windows' cp1252."""
-    content = path.read_bytes()
-    try:
-        return content.decode('utf-8-sig')
-    except UnicodeDecodeError:
-        return content.decode('cp1252', errors='replace')
+def is_readable(caption):
+    return re.search('[a-z0-9]', caption.lower()) and not NOT_TEXT.search(caption)
 
 
 def load_features(path, skeleton):
@@ -61,27 +61,32 @@ def part_of(features, start, end, fps, what):
 
 
 def check_length(features, skeleton, what):
-    """The rule of the standard data preparation."""
+    """The rule of the standard data preparation, which drops clips of 200 frames too."""
     if len(features) < skeleton.min_frames:
         raise UserError(f'{what} shorter than {skeleton.min_frames} frames')
-    if len(features) >= TOO_LONG:
-        raise UserError(f'{what} of {TOO_LONG} or more frames')
+    if len(features) >= 200:
+        raise UserError(f'{what} of 200 or more frames')
 
 
-def parse_captions(lines, skipped):
-    """Text of lines 'caption#word/TAG word/TAG#from#to' -> [(caption, from, to)] in seconds; nan
+# ------------------------------------------------------------------------- HumanML3D and KIT-ML
+
+
+def parse_captions(content, skipped):
+    """Bytes of lines 'caption#word/TAG word/TAG#from#to' -> [(caption, from, to)] in seconds; nan
     means 0."""
     captions = []
-    for line in filter(str.strip, lines.split('\n')):
+    for line in filter(str.strip, decode(content).split('\n')):
         try:
             text, tokens, start, end = (part.strip() for part in line.split('#'))
             start, end = (0.0 if math.isnan(float(t)) else float(t) for t in (start, end))
         except ValueError:
             text = ''
-        if text and not NOT_TEXT.search(line) and all('/' in word for word in tokens.split()):
-            captions.append((dict(text=text, tokens=tokens), start, end))
-        else:
+        if not text or NOT_TEXT.search(line) or not all('/' in word for word in tokens.split()):
             skipped['caption line without text, tags, from and to'] += 1
+        elif not is_readable(text):
+            skipped[UNREADABLE] += 1
+        else:
+            captions.append((dict(text=text, tokens=tokens), start, end))
     return captions
 
 
@@ -89,39 +94,61 @@ def read_captions(path, skipped):
     """A file of such lines -> the same. UserError if it is missing."""
     if not os.path.exists(path):
         raise UserError('text file missing')
-    return parse_captions(read(path, 'get it again', decode_text), skipped)
+    return parse_captions(read(path, 'get it again', Path.read_bytes), skipped)
 
 
-def captioned_clips(name, features, captions, skeleton, skipped):
-    """Yield the clips of one motion by the standard rules: a caption with from/to other than 0
-    describes a sub-clip, which is a clip of its own."""
-    check_length(features, skeleton, 'clip')
-    whole = []
-    for k, (caption, start, end) in enumerate(captions):
-        if start == end == 0:
-            whole.append(caption)
-            continue
-        with skipping(skipped):
-            part = part_of(features, start, end, skeleton.fps, 'sub-clip')
-            check_length(part, skeleton, 'sub-clip')
-            yield f'{name}-{k}', part, [caption]
-    if whole:
-        yield name, features, whole
+class HumanML3D:
+    """A folder in the layout of HumanML3D: texts/ or texts.zip, train.txt val.txt test.txt, and the
+    file or folder `needed`. All may be in HumanML3D/ there, as in a clone of its repository.
 
+    ids: {split: names of its clips}, without the splits that have no list.
+    """
 
-def read_split_lists(*folders):
-    """train.txt, val.txt and test.txt, each from the first folder that has it -> {split: [names of
-    clips]}. UserError if a name is a path."""
-    ids = {}
-    for split in SPLITS:
-        for path in (Path(folder, f'{split}.txt') for folder in folders):
-            if path.exists() and split not in ids:
-                ids[split] = read_text(path, 'expected the names of clips, one a line').split()
-                for name in ids[split]:
-                    if not re.fullmatch(r'[\w.-]+', name) or '..' in name:
-                        raise UserError(f"{path} has '{name:.80}', expected names of clips, not "
-                                        'paths')
-    return ids
+    def __init__(self, folder, needed):
+        self.places = [Path(folder), Path(folder, 'HumanML3D')]
+        for part in (needed, 'texts'):
+            if not self.find(part) and not self.find(f'{part}.zip'):
+                raise UserError(f'{folder} has no folder or file {part}; expected the layout of '
+                                f'HumanML3D, with {needed}, texts and train.txt')
+        archive = self.find('texts.zip')
+        self.archive = read(archive, 'get it again', zipfile.ZipFile) if archive else None
+        self.ids = {}
+        for split in SPLITS:
+            path = self.find(f'{split}.txt')
+            if path:
+                self.ids[split] = read_text(path, 'expected names of clips, one a line').split()
+            for name in self.ids.get(split, []):
+                if not re.fullmatch(r'[\w.-]+', name) or '..' in name:
+                    raise UserError(f"{path} has '{name:.80}', expected names of clips, not paths")
+
+    def find(self, name):
+        return next((place / name for place in self.places if (place / name).exists()), None)
+
+    def captions(self, name, skipped):
+        """As `read_captions`, of a clip's name."""
+        member = f'texts/{name}.txt'
+        if self.archive and not self.find(member) and member in self.archive.namelist():
+            return parse_captions(self.archive.read(member), skipped)
+        return read_captions(self.find(member) or Path(member), skipped)
+
+    def clips(self, ids, load, skeleton, skipped):
+        """Yield clips by the standard rules: a caption with from/to other than 0 describes a
+        sub-clip, which is a clip of its own. load: a function from a name to features (T, D)."""
+        for name in tqdm(ids, unit='clip', mininterval=1):
+            with skipping(skipped):
+                features = load(name)
+                check_length(features, skeleton, 'clip')
+                whole = []
+                for k, (caption, start, end) in enumerate(self.captions(name, skipped)):
+                    if start == end == 0:
+                        whole.append(caption)
+                        continue
+                    with skipping(skipped):
+                        part = part_of(features, start, end, skeleton.fps, 'sub-clip')
+                        check_length(part, skeleton, 'sub-clip')
+                        yield f'{name}-{k}', part, [caption]
+                if whole:
+                    yield name, features, whole
 
 
 # ----------------------------------------------------------------------------------------- cmu
@@ -164,43 +191,15 @@ def cmu_clips(job):
     return clips, reasons
 
 
-class HumanML3D:
-    """A clone of github.com/EricGuo5513/HumanML3D: index.csv, texts.zip or texts/, train.txt ...,
-    in its folder or in HumanML3D/ there."""
-
-    def __init__(self, folder):
-        self.places = [Path(folder), Path(folder, 'HumanML3D')]
-        self.ids = read_split_lists(*self.places)
-        index = self.find('index.csv')
-        archive = self.find('texts.zip')
-        if not index or not self.ids or not (archive or self.find('texts')):
-            raise UserError(f'{folder} has no index.csv, train.txt and texts; expected a clone of '
-                            'github.com/EricGuo5513/HumanML3D')
-        self.rows = list(csv.DictReader(read_text(index, 'get it again').splitlines()))
-        self.archive = read(archive, 'get it again', zipfile.ZipFile) if archive else None
-
-    def find(self, name):
-        return next((place / name for place in self.places if (place / name).exists()), None)
-
-    def captions(self, name, skipped):
-        """As `read_captions`, of a clip's name."""
-        member = f'texts/{name}.txt'
-        if self.find(member) or not self.archive or member not in self.archive.namelist():
-            return read_captions(self.find(member) or Path(member), skipped)
-        return parse_captions(self.archive.read(member).decode(errors='replace'), skipped)
+def cmu_cuts(path):
+    """HumanML3D's index.csv -> [(trial of the CMU database or '', clip, its first and end frame at
+    20 fps)]"""
+    rows = csv.DictReader(path.read_text(encoding='utf-8-sig').splitlines())
+    return [(cmu_trial(row['source_path']), Path(row['new_name']).stem, int(row['start_frame']),
+             int(row['end_frame'])) for row in rows]
 
 
 # --------------------------------------------------------------------------------------- babel
-
-SMALL_WORDS = {
-    'ADP': 'with to at in on from for of over under into onto by through around towards toward '
-           'against across off',
-    'ADV': 'forward forwards backward backwards back up down sideways away again straight ahead '
-           'clockwise counterclockwise',
-    'DET': 'a an the both his her their something', 'CCONJ': 'and then'}
-TAG_OF = {word: tag for tag, words in SMALL_WORDS.items() for word in words.split()}
-WHO = 'person man woman figure human character dancer someone somebody he she they'.split()
-
 
 def simple_tags(text):
     """'turn left with the left arm' -> 'turn/VERB left/ADV with/ADP the/DET left/ADJ arm/NOUN'.
@@ -212,10 +211,8 @@ def simple_tags(text):
         if word in ('left', 'right'):
             noun_follows = i + 1 < len(words) and TAG_OF.get(words[i + 1]) in (None, 'DET')
             tag = 'ADJ' if noun_follows and i > 0 else 'ADV'
-        elif word in TAG_OF:
-            tag = TAG_OF[word]
-        elif word.endswith('ly'):
-            tag = 'ADV'
+        elif word in TAG_OF or word.endswith('ly'):
+            tag = TAG_OF.get(word, 'ADV')
         else:
             verb = i == 0 or tags[-1] == 'CCONJ' or words[i - 1] in WHO or word.endswith('ing')
             tag = 'VERB' if verb and word not in WHO else 'NOUN'
@@ -234,6 +231,7 @@ def babel_entries(path):
 
 def babel_clips(src, entries, split, skipped):
     """Yield each labelled segment of BABEL's {key: entry}; its label is the caption."""
+    vectors = Path(src, 'new_joint_vecs')
     for key, entry in tqdm(entries.items(), split, unit='clip', mininterval=1):
         with skipping(skipped):
             try:
@@ -241,19 +239,16 @@ def babel_clips(src, entries, split, skipped):
                 file = Path(entry.get('feat_p') or '').stem
                 segments = (entry.get('frame_ann') or {}).get('labels')
                 whole = (entry.get('seq_ann') or {}).get('labels')
-                labels = [(label.get('proc_label') or label.get('raw_label') or '',
-                           label.get('start_t'), label.get('end_t'))
-                          for label in segments or whole or []]
+                labels = [(label.get('proc_label') or label.get('raw_label'), label.get('start_t'),
+                           label.get('end_t')) for label in segments or whole or []]
             except (AttributeError, TypeError):
                 raise UserError('entry of another form than BABEL has') from None
-            path = Path(src, 'new_joint_vecs', f'{sid}.npy')
-            if not os.path.exists(path):
-                path = Path(src, 'new_joint_vecs', f'{file}.npy')
-            features = load_features(path, SMPL)
+            path = vectors / f'{sid}.npy'
+            features = load_features(path if path.exists() else vectors / f'{file}.npy', SMPL)
             for k, (text, start, end) in enumerate(labels):
                 with skipping(skipped):
                     text = text.strip() if isinstance(text, str) else ''
-                    if text in ('', 'transition') or NOT_TEXT.search(text):
+                    if text == 'transition' or not is_readable(text):
                         raise UserError('segment without a label, or a transition')
                     part = features
                     if start is not None and end is not None:

@@ -1,5 +1,4 @@
-"""Run the scripts on random data of HumanML3D's size and layout, by hand (pytest does not collect
-this file):
+"""Run the scripts on random data of HumanML3D's size and layout, by hand:
 
     python tests/rehearse_hml3d.py [--clips=23000] [--dir=FOLDER]
 
@@ -23,12 +22,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from lib.text import encode_captions
 
-SUBJECTS = 'a/DET person/NOUN, the/DET man/NOUN, a/DET woman/NOUN, someone/PRON'.split(', ')
-VERBS = ('walk/VERB, run/VERB, jump/VERB, step/VERB, crawl/VERB, dance/VERB, turn/VERB, '
-         'kick/VERB').split(', ')
+SUBJECTS = 'a/DET person/NOUN, the/DET man/NOUN, someone/PRON'.split(', ')
+VERBS = 'walk/VERB, run/VERB, jump/VERB, crawl/VERB, dance/VERB, kick/VERB'.split(', ')
 MANNERS = 'slowly/ADV, quickly/ADV, twice/ADV, backwards/ADV, forward/ADV'.split(', ')
-PLACES = ('in/ADP a/DET circle/NOUN, to/ADP the/DET left/NOUN, to/ADP the/DET right/NOUN, '
-          'over/ADP a/DET wall/NOUN, with/ADP both/DET arm/NOUN raised/VERB').split(', ')
+PLACES = ('in/ADP a/DET circle/NOUN, to/ADP the/DET left/NOUN, over/ADP a/DET wall/NOUN, '
+          'with/ADP both/DET arm/NOUN raised/VERB').split(', ')
 
 
 def caption_line(rng):
@@ -51,9 +49,8 @@ def write_source(folder, n_clips):
         np.save(folder / 'new_joint_vecs' / f'{name}.npy', np.cumsum(steps, 0))
         lines = [caption_line(rng) for _ in range(rng.choice([2, 3, 4], p=[0.1, 0.75, 0.15]))]
         (folder / 'texts' / f'{name}.txt').write_text('\n'.join(lines), encoding='utf-8')
-    first, second = int(0.8 * n_clips), int(0.85 * n_clips)
-    splits = {'train': names[:first], 'val': names[first:second], 'test': names[second:]}
-    for split, ids in splits.items():
+    ends = int(0.8 * n_clips), int(0.85 * n_clips)
+    for split, ids in zip(('train', 'val', 'test'), np.split(names, ends)):
         (folder / f'{split}.txt').write_text('\n'.join(ids))
 
 
