@@ -5,9 +5,8 @@
     momask.evaluator('checkpoints', 't2m')                -> Evaluator
 
 root is the folder that MoMask's download is unpacked to, dataset is 't2m' (HumanML3D) or 'kit'. A
-name '' means the only folder of its kind. All sizes are read from the tensors' shapes and opt.txt,
-no code in a checkpoint is executed, and a file that does not fit is a UserError that names it.
-generate.official_pipeline puts the networks together.
+name '' means the only folder of its kind. Sizes come from the tensors' shapes and opt.txt, and a
+file that does not fit is a UserError. generate.official_pipeline puts the networks together.
 """
 import os
 import re
@@ -50,11 +49,10 @@ class Checkpoint:
     def __init__(self, root, dataset, name, file, *keys):
         self.path = os.path.join(root, dataset, name, 'model', file)
         entries = load(self.path, LAYOUT)
-        found = [key for key in keys if isinstance(entries.get(key), dict)]
+        found = [entries[key] for key in keys if isinstance(entries.get(key), dict)]
         if not found:
-            raise UserError(f'{self.path} has the entries {sorted(map(str, entries))}, expected '
-                            f'{" or ".join(keys)}: is it another model?')
-        self.weights = entries[found[0]]
+            raise UserError(f'{self.path} has no {" or ".join(keys)}: is it another model?')
+        self.weights = found[0]
 
     def shape(self, name):
         """The shape of a tensor that must be in the file."""
@@ -64,8 +62,7 @@ class Checkpoint:
 
     def count(self, pattern):
         """How many different values the pattern's group has among the names of the tensors."""
-        found = (re.match(pattern, name) for name in self.weights)
-        return len({match[1] for match in found if match})
+        return len(set(re.findall(pattern, '\n'.join(self.weights), re.MULTILINE)))
 
     def fill(self, model, names, missing_ok=''):
         """Load these weights into the model; names {official: ours} are replaced in order."""
@@ -86,12 +83,11 @@ def tokenizer(root, dataset, name):
     n_codes, code_dim = official.shape('quantizer.layers.0.codebook')
     config = VQConfig(
         dim=dim, n_codes=n_codes, code_dim=code_dim, width=width,
-        n_quantizers=official.count(r'quantizer\.layers\.(\d+)\.'),
-        down=official.count(r'encoder\.model\.(\d+)\.0\.weight'),
-        depth=official.count(r'encoder\.model\.2\.1\.model\.(\d+)\.'))
+        n_quantizers=official.count(r'^quantizer\.layers\.(\d+)\.'),
+        down=official.count(r'^encoder\.model\.(\d+)\.0\.weight'),
+        depth=official.count(r'^encoder\.model\.2\.1\.model\.(\d+)\.'))
     mean, std = statistics(os.path.join(root, dataset, name, 'meta'), dim)
-    not_in_the_file = r'mean|std|.*code_(sum|count)'
-    return official.fill(RVQVAE(config, mean, std), TOKENIZER, not_in_the_file)
+    return official.fill(RVQVAE(config, mean, std), TOKENIZER, r'mean|std|.*code_(sum|count)')
 
 
 def mask_transformer(root, dataset, name=''):
@@ -124,7 +120,7 @@ def transformer_config(official, opt, **known):
     latent, _ = official.shape('input_process.poseEmbedding.weight')
     ff, _ = official.shape('seqTransEncoder.layers.0.linear1.weight')
     _, text_dim = official.shape('cond_emb.weight')
-    n_layers = official.count(r'seqTransEncoder\.layers\.(\d+)\.')
+    n_layers = official.count(r'^seqTransEncoder\.layers\.(\d+)\.')
     n_heads = int(opt['n_heads'])
     if latent % n_heads:
         raise UserError(f'{official.path} has width {latent}, which {n_heads} heads do not divide: '
@@ -157,9 +153,8 @@ def evaluator(root, dataset, glove_dir=None):
     dim = features + 4   # it reads all features but the four foot contacts
     mean, std = statistics(os.path.join(root, dataset, 'Comp_v6_KLD005', 'meta'), dim)
 
-    glove = os.path.join(root, 'glove')
-    if glove_dir is None and os.path.isdir(glove):
-        glove_dir = glove
+    if glove_dir is None and os.path.isdir(os.path.join(root, 'glove')):
+        glove_dir = os.path.join(root, 'glove')
     words = Words(glove_dir) if glove_dir else None
     model = Evaluator(mean, std, words, movement, code, motion_hidden, text_hidden, out, word_dim,
                       tag_dim)
@@ -183,15 +178,13 @@ def read_opt(root, dataset, name):
 
 def statistics(folder, dim):
     """mean.npy and std.npy (dim,) of a folder."""
-    arrays = []
-    for name in ('mean.npy', 'std.npy'):
-        path = os.path.join(folder, name)
-        array = np.array(read_array(path, 'the official download has mean.npy and std.npy there; '
-                                          'get it again'))
+    paths = [os.path.join(folder, name) for name in ('mean.npy', 'std.npy')]
+    arrays = [np.array(read_array(path, 'the official download has it; get it again'))
+              for path in paths]
+    for path, array in zip(paths, arrays):
         if array.shape != (dim,):
             raise UserError(f'{path} is {array.shape}, expected ({dim},) as in the weights: it '
                             'belongs to another data set.')
-        arrays.append(array)
     return arrays
 
 

@@ -5,22 +5,21 @@ each, between two rules, followed by
     config = configure(globals())
 
 `python train_mask.py config/toy.py --alpha0=0 --seed=1` then runs config/toy.py, and the two
-overrides after it, on top of the defaults. One config file serves all scripts: it may set a key
-that this script does not have, as long as another script has it. On the command line a key must be
-one of the script's own.
+overrides after it, on top of the defaults. One config file serves all scripts: it may set a key of
+another script. On the command line a key must be one of the script's own.
 
 The comment of a setting also says which strings are allowed: where it contains ' | ', the words in
 quotes. Any mistake of the user, anywhere in the project, is a UserError: one sentence, exit code 2.
 """
 import errno
 import functools
-import glob
 import math
 import os
 import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the project's folder
 SHARED = os.path.join(ROOT, 'config', 'decoding.py')   # settings that several scripts have
@@ -31,16 +30,20 @@ NOT_TEXT = re.compile('[\0\ud800-\udfff]')   # characters that UTF-8 or a file n
 LIMITS = {key: (low, high) for low, high, keys in (
     (0, 2**32 - 1, 'seed'),
     (1, 10**9, 'mask_iters res_iters len_iters vq_iters eval_every vq_eval_every ev_eval_every '
-               'log_every steps repeats rounds clips seeds ev_steps'),
-    (1, 2**16, 'batch_size vq_batch ev_batch batch prompts_at_once window_frames frames '
-               'max_tokens'),
-    (1, 2**14, 'latent ff code_dim vq_width ev_movement ev_code ev_motion_hidden ev_text_hidden '
-               'ev_out'),
+               'log_every ev_steps'),
+    (0, 10**9, 'ev_ae_steps'),
+    (1, 10**6, 'steps clips'),
+    (1, 10**4, 'repeats rounds seeds pooled'),
+    (0, 10**4, 'mm_batches warm length gen_batch'),
+    (1, 2**14, 'batch_size vq_batch ev_batch batch prompts_at_once window_frames frames max_tokens '
+               'latent ff text_dim dim width vq_width code_dim ev_movement ev_code '
+               'ev_motion_hidden ev_text_hidden ev_out'),
     (1, 128, 'n_layers n_heads n_quantizers window'),
     (2, 2**15, 'n_codes'),   # token ids are int16
-    (0, 64, 'r_exp neighbours'),
-    (0, 6, 'vq_depth'),
+    (0, 64, 'r_exp neighbours overlap'),
+    (0, 6, 'vq_depth depth down'),
     (-1, 64, 'res_layers'),
+    (0, 2**16 - 1, 'port'),
     (0, 1, 'alpha0 cfs_lambda cfs_share cfs_ramp cond_drop quantize_dropout anneal'),
     (0, 0.99, 'dropout'),
     (1e-6, 1, 'top_share'),
@@ -80,8 +83,7 @@ def install_error_hook():
 
 def settings_lines(path):
     """The lines of a script between its two rules, or of config/decoding.py; [] without rules."""
-    with open(path, encoding='utf-8') as f:
-        source = f.read()
+    source = Path(path).read_text(encoding='utf-8')
     if path == SHARED:
         return source.splitlines()
     parts = re.split(r'\n# -+\n', source, maxsplit=2)   # headings of sections have words in them
@@ -93,28 +95,25 @@ def settings_lines(path):
 def keys_of_all_scripts():
     """The settings of all scripts. (A config file asks for every key of another script.)"""
     lines = settings_lines(SHARED)
-    for path in glob.glob(os.path.join(ROOT, '*.py')):
+    for path in Path(ROOT).glob('*.py'):
         lines += settings_lines(path)
     return {line.split(' = ')[0] for line in lines if re.match(r'\w+ = ', line)}
 
 
 def allowed_words(lines):
     """Settings with their comments -> {key: the words that its comment allows}."""
-    allowed = {}
-    for line in lines:
-        match = re.match(r"(\w+) = '[^']*' *#(.* \| .*)", line)
-        if match:
-            allowed[match[1]] = re.findall(r"'([\w+]*)'", match[2])
-    return allowed
+    found = re.findall(r"^(\w+) = '[^']*' *#(.* \| .*)", '\n'.join(lines), re.MULTILINE)
+    return {key: re.findall(r"'([\w+]*)'", comment) for key, comment in found}
 
 
 def convert(key, value, default, where, allowed=()):
     """Check a value against the type of its default, the limits and the allowed words, and return
     it. An int may be given for a float. where: the file or argument that UserError names."""
-    shown = f'{value!r:.60}' if not isinstance(value, int) or abs(value) < 1e60 else 'a huge number'
+    huge = type(value) is int and abs(value) > 1e60   # beyond a float, and too long to print
+    shown = 'a huge number' if huge else f'{value!r:.60}'
     where = str(where) if str(where).isprintable() else ascii(where)
     problem = f'{where[:80]}: {key} is {shown}, expected'
-    if isinstance(default, float) and type(value) is int and shown != 'a huge number':
+    if isinstance(default, float) and type(value) is int and not huge:
         value = float(value)
     if type(value) is not type(default):
         raise UserError(f'{problem} {type(default).__name__} as in its default {default!r}.')
@@ -154,8 +153,7 @@ def read_config_file(path, defaults, allowed={}):
                         '--key=value.')
     assigned = {}
     try:
-        with open(path, encoding='utf-8') as f:
-            exec(compile(f.read(), path, 'exec'), assigned)
+        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), assigned)
     except (Exception, SystemExit) as e:
         why = ' '.join(str(e).split())
         raise UserError(f'{path} is not a config file: {type(e).__name__}: {why:.200}.') from None
@@ -163,9 +161,8 @@ def read_config_file(path, defaults, allowed={}):
     for key, value in assigned.items():
         if key in defaults:
             settings[key] = convert(key, value, defaults[key], path, allowed.get(key))
-        elif key.startswith('_') or not isinstance(value, (int, float, str)):
-            continue
-        elif key not in keys_of_all_scripts():
+        elif (isinstance(value, (int, float, str)) and not key.startswith('_')
+              and key not in keys_of_all_scripts()):
             raise UserError(f'{path} sets {key}, which no script has: is it misspelt?')
     return settings
 
@@ -178,8 +175,7 @@ def configure(g, argv=None, shared=False):
     lines = settings_lines(g['__file__']) if '__file__' in g else []
     if shared:
         lines += settings_lines(SHARED)
-        with open(SHARED, encoding='utf-8') as f:
-            exec(f.read(), g)
+        exec('\n'.join(settings_lines(SHARED)), g)
     allowed = allowed_words(lines)
     defaults = {key: value for key, value in g.items()
                 if isinstance(value, (int, float, str)) and not key.startswith('_')

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,13 +23,12 @@ from tqdm import tqdm
 
 from lib.configurator import UserError
 from lib.motion import SKELETONS
-from lib.runtime import atomic_write, read_array, read_arrays, read_json
+from lib.runtime import atomic_write, read, read_array, read_arrays, read_json
 from lib.text import encode_captions
 
 LARGEST = 1e6      # bound of a feature: a kilometre, in the millimetres of KIT
 STD_FLOOR = 1e-3   # replaces the std of a constant feature; real groups are above 0.01
 FRAMES_PER_TOKEN = 4
-META = dict(name=str, skeleton=str, max_frames=int, counts=dict, files=dict)   # of meta.json
 
 # ------------------------------------------------------------------------------------------ writing
 
@@ -36,8 +36,8 @@ META = dict(name=str, skeleton=str, max_frames=int, counts=dict, files=dict)   #
 def save_split(folder, split, clips):
     """Write one split and return its counts, {} (and no file) if there are no clips.
 
-    clips: any iterable of (name, features (T, D), captions: dicts of text and tokens). Each is
-    written when it is read, so a large set never has to fit in memory. UserError for features that
+    clips: an iterable of (name, features (T, D), captions: dicts of text and tokens). Each clip is
+    written as soon as it is read, so the set need not fit in memory. UserError for features that
     are not finite.
     """
     path = os.path.join(folder, f'{split}_motion.npy')
@@ -66,10 +66,9 @@ def save_split(folder, split, clips):
         os.remove(path)
         return {}
 
-    length = np.array(lengths, dtype=np.int64)
-    start = np.cumsum(length) - length
+    length = np.array(lengths)
     with atomic_write(os.path.join(folder, f'{split}_clips.npz')) as f:
-        np.savez(f, start=start, length=length, name=names)
+        np.savez(f, start=np.cumsum(length) - length, length=length, name=names)
     with atomic_write(os.path.join(folder, f'{split}_captions.json'), 'w') as f:
         json.dump(captions, f, ensure_ascii=False)
     return dict(clips=len(names), frames=int(length.sum()), captions=len(captions))
@@ -142,21 +141,23 @@ def load_meta(folder):
     """Returns meta (dict), mean (D,) and std (D,), checked. UserError names the command that
     prepares the data."""
     command = how_to_make(os.path.basename(os.path.normpath(folder)))
-    again = f'run `{command}` again'
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
         raise UserError(f'{folder} has no prepared data; run `{command}` first')
-    meta = read_json(path, again)
-    for key, kind in META.items():
-        value = meta.get(key) if isinstance(meta, dict) else None
-        if not isinstance(value, kind) or kind is int and not 0 < value < 1e6:
-            raise UserError(f'{path}: {key} is {value!r:.60}; {again}')
-    skeleton = SKELETONS.get(meta['skeleton'])
-    if not skeleton:
-        raise UserError(f'{path}: there is no skeleton {meta["skeleton"]:.60}; {again}')
-    meta |= dict(fps=skeleton.fps, dim=skeleton.dim, n_joints=skeleton.n_joints,
-                 units_per_metre=skeleton.units_per_metre)
-    mean, std = (np.array(read_array(unchanged(folder, meta, file), again))
+
+    def open_it(path):
+        meta = json.loads(Path(path).read_text(encoding='utf-8'))
+        for key, kind in dict(name=str, max_frames=int, counts=dict, files=dict).items():
+            if not isinstance(meta[key], kind):
+                raise ValueError(f'{key} is {meta[key]!r:.60}')
+        if not 0 < meta['max_frames'] < 1e6:
+            raise ValueError('max_frames makes no sense')
+        skeleton = SKELETONS[meta['skeleton']]
+        return meta | dict(fps=skeleton.fps, dim=skeleton.dim, n_joints=skeleton.n_joints,
+                           units_per_metre=skeleton.units_per_metre)
+
+    meta = read(path, f'run `{command}` again', open_it)
+    mean, std = (np.array(read_array(unchanged(folder, meta, file), f'run `{command}` again'))
                  for file in ('mean.npy', 'std.npy'))
     return meta, mean, std
 
@@ -173,8 +174,7 @@ def load_split(folder, name):
                                for part in ('motion.npy', 'clips.npz', 'captions.json'))
     features = read_array(motion, again)
     start, length, names = read_arrays(clips, again, ('start', 'length', 'name'))
-    captions = read_json(captions, again)
-    captions.sort(key=lambda caption: caption['clip'])
+    captions = sorted(read_json(captions, again), key=lambda caption: caption['clip'])
     n_captions = np.bincount([c['clip'] for c in captions], minlength=len(start))
     first_caption = np.cumsum(n_captions) - n_captions
     return Split(features, start, length, names, captions, first_caption, n_captions)
@@ -272,17 +272,16 @@ def cached_tokens(tokenizer, split, path, device='cpu'):
             raise UserError(f'{path} has {ids.shape} of {ids.dtype}, expected {shape} of int16: '
                             f'{hint}.')
         return ids
+
     tokenizer = tokenizer.to(device).eval()
     ids = np.zeros(shape, np.int16)
     bar = tqdm(total=4 * len(split), desc=os.path.basename(path), mininterval=1, leave=False)
     for phase in range(FRAMES_PER_TOKEN):
         n_phase = (split.length - phase) // FRAMES_PER_TOKEN
         for group in equal_lengths(n_phase):
-            group = group.numpy()
             n = n_phase[group[0]]
-            first = split.start[group] + phase
-            frames = np.stack([split.features[a:a + FRAMES_PER_TOKEN * n] for a in first])
-            motion = tokenizer.normalize(torch.from_numpy(frames).to(device))
+            frames = [split.clip(clip)[phase:phase + FRAMES_PER_TOKEN * n] for clip in group]
+            motion = tokenizer.normalize(torch.from_numpy(np.stack(frames)).to(device))
             codes = tokenizer.encode(motion).cpu().numpy()
             for clip, row in zip(group, codes):
                 ids[phase, start[clip]:start[clip] + n] = row
@@ -312,17 +311,11 @@ class Tokens:
     def __init__(self, split, ids, vectors, index, role, device):
         """ids (4, total, Q) from `cached_tokens`; vectors (U, 512), index (captions, m) and role
         (captions, m) from `text.encode_captions`."""
-        def put(x):
-            return torch.as_tensor(x).to(device)
-
-        self.ids = put(ids)
-        self.vectors = put(vectors)
-        self.index = put(index)
-        self.role = put(role)
-        self.length = put(split.length)
-        self.first_caption = put(split.first_caption)
-        self.n_captions = put(split.n_captions)
-        self.clip_of = put([caption['clip'] for caption in split.captions])
+        arrays = dict(ids=ids, vectors=vectors, index=index, role=role, length=split.length,
+                      first_caption=split.first_caption, n_captions=split.n_captions,
+                      clip_of=[caption['clip'] for caption in split.captions])
+        for name, array in arrays.items():
+            setattr(self, name, torch.as_tensor(array).to(device))
         self.clips = self.n_captions.nonzero()[:, 0]   # those with captions
         self.start = torch.cumsum(self.length // FRAMES_PER_TOKEN, 0)
         self.start -= self.length // FRAMES_PER_TOKEN
@@ -360,8 +353,7 @@ class Windows:
         self.features = torch.from_numpy(split.features).to(device)   # a CPU reads nothing yet
         places = np.maximum(split.length - size + 1, 0)
         if not places.any():
-            raise UserError(f'No clip has {size} frames: give a smaller --window_frames, such as '
-                            '32.')
+            raise UserError(f'No clip has {size} frames: give a smaller --window_frames.')
         starts = [np.arange(a, a + n) for a, n in zip(split.start, places)]
         self.starts = torch.from_numpy(np.concatenate(starts)).to(device)
         self.frames = torch.arange(size, device=device)

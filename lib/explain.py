@@ -65,7 +65,8 @@ def draw_explained(path, caption, nodes, joints, filled, omega, hard, fps):
 
     nodes         [(text, level, edge)], see `_draw_graph`
     filled        (steps, n), the model's confidence where a step wrote a token, otherwise NaN
-    omega, hard   (n,), z-scores: MSD's complexity, and the loss that HGM3's teacher predicts or None
+    omega, hard   (n,), z-scores: MSD's complexity, and the loss that HGM3's teacher predicts (or
+                  None)
     """
     figure = Figure(figsize=(11, 8.6), dpi=DPI, layout='constrained')
     tree, poses, order, curve = figure.subplots(4, 1, height_ratios=(1.6, 2.0, 1.6, 1.3))

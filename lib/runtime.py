@@ -1,9 +1,10 @@
-"""What every training script needs around its loop: the device, ranks, seeds, optimizers and the
+"""What a training script needs around its loop: the device, ranks and seeds; optimizers and the
 learning rate; files that are written whole or not at all; checkpoints, and the check that those in
 a folder belong to this run."""
 import contextlib
 import ctypes
 import glob
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,26 +34,29 @@ def setup(device='auto', dtype='auto', seed=0):
     """Choose device and precision and seed everything. Returns a namespace:
 
     device     'cpu', or 'cuda:0', 'cuda:1', ... by rank
-    dtype      'bfloat16' or 'float32'; 'auto' takes bfloat16 where the hardware multiplies in it
+    dtype      'bfloat16' or 'float32'; 'auto' is bfloat16 where the hardware multiplies in it
     autocast   a function that returns the context for forward passes
     rank, world, main    of torchrun; main is True on rank 0
-    generator  a torch.Generator that draws the same numbers on every rank: data and masks are drawn
-               for the global batch
+    generator  draws the same numbers on every rank, because data and masks are drawn for the global
+               batch
     """
-    rank = int(os.environ.get('RANK', 0))
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (
+        ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('device is cuda, but torch finds no GPU: leave --device out, or check the '
                         'driver.')
-    cuda = device != 'cpu' and torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else 'cpu'
-    if cuda:
+    if device != 'cpu' and torch.cuda.is_available():
+        device, backend = f'cuda:{local}', 'nccl'
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo')
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device, backend = 'cpu', 'gloo'
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if dtype == 'auto':
-        dtype = 'bfloat16' if has_bfloat16(cuda) else 'float32'
+        dtype = 'bfloat16' if native else 'float32'
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(backend)
 
     keep_memory()
     random.seed(seed)
@@ -63,19 +68,11 @@ def setup(device='auto', dtype='auto', seed=0):
                            main=rank == 0, generator=torch.Generator(device).manual_seed(seed))
 
 
-def has_bfloat16(cuda):
-    """Does the hardware multiply in bfloat16? Where it is emulated it is slower than float32."""
-    if cuda:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def keep_memory():
     """Stop glibc from returning blocks over 32 MB to the system after each use. That cost 40,000
     page faults per training step, 5% of its time; peak memory stays the same (1.6 GB)."""
-    mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(OSError, AttributeError, TypeError):   # systems without mallopt
-        for setting in (mmap_threshold, trim_threshold):
+        for setting in (-3, -1):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(setting, 2**31 - 1)
 
 
@@ -90,8 +87,7 @@ def synchronize(device):
 
 def make_optimizers(learner, name, lr, weight_decay=0.0, fused=True):
     """AdamW for everything, or ('muon') Muon for the matrices of the trunk's layers and AdamW for
-    the rest. Muon's updates are scaled to the size of AdamW's (match_rms_adamw), so both take the
-    same learning rate."""
+    the rest. Muon's updates have the size of AdamW's, so both take the same learning rate."""
     matrices, others = [], []
     for tensor, p in learner.named_parameters():
         if p.requires_grad:
@@ -115,18 +111,16 @@ def lr_at(it, lr, warmup, total):
 
 def rng_state(run):
     """The state of all random generators, as entries of a checkpoint."""
-    state = dict(device=run.device[:4], world=run.world, generator=run.generator.get_state(),
-                 rng=torch.get_rng_state())
-    if run.device != 'cpu':
-        state['cuda_rng'] = torch.cuda.get_rng_state()
-    return state
+    cuda = run.device != 'cpu'
+    return dict(device=run.device[:4], world=run.world, generator=run.generator.get_state(),
+                rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if cuda else None)
 
 
 def restore_rng(run, checkpoint, seed, path):
     """Restore what `rng_state` put into the checkpoint at `path`."""
     if checkpoint['device'] != run.device[:4]:
-        raise UserError(f"{path} was written on {checkpoint['device']}, but this is {run.device}: "
-                        'the state of the random generators cannot be carried over.')
+        raise UserError(f'{path} has random states of {checkpoint["device"]}: resume it with '
+                        f'--device={checkpoint["device"]}.')
     run.generator.set_state(checkpoint['generator'])
     if run.main and checkpoint['world'] != run.world:
         print(f'{path} is of {checkpoint["world"]} ranks: with {run.world} dropout differs.')
@@ -147,12 +141,9 @@ def count_flops(model, loss):
 
 
 class Losses:
-    """The losses since the last look, kept on the device: to fetch each one would make every step
-    wait for the GPU. They are checked before anything is saved.
-
-    names: a function from the batch given to `add` to the names of its clips. hint: what to do
-    about a loss that is not finite.
-    """
+    """The losses since the last look, kept on the device, because fetching each one would make
+    every step wait for the GPU. names: a function from the batch given to `add` to the names of its
+    clips. hint: what to do about a loss that is not finite."""
 
     def __init__(self, names, hint):
         self.names, self.hint = names, hint
@@ -172,10 +163,9 @@ class Losses:
     def refuse(self, what, value, step, batch):
         """UserError unless a value measured after a step on this batch is finite."""
         if not math.isfinite(value):
-            clips = list(dict.fromkeys(map(str, self.names(batch))))[:64]
-            raise UserError(f'The {what} is {value} at step {step}; checkpoints are those of the '
-                            f'last evaluation: {self.hint}, or check the clips of that batch, '
-                            f'{", ".join(clips)}.')
+            clips = ', '.join(sorted(set(self.names(batch)))[:64])
+            raise UserError(f'The {what} is {value} at step {step}; saved is the last evaluation: '
+                            f'{self.hint}, or check the clips of that batch, {clips}.')
 
 
 def gather(x):
@@ -211,9 +201,8 @@ def atomic_write(path, mode='wb'):
     half of it. UserError where the system cannot write it, for example on a full disk."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    encoding = None if 'b' in mode else 'utf-8'
     f = tempfile.NamedTemporaryFile(mode, dir=folder, prefix=f'.{name}.', suffix='.tmp',
-                                    delete=False, encoding=encoding)
+                                    delete=False, encoding=None if 'b' in mode else 'utf-8')
     try:
         with f:
             yield f
@@ -229,15 +218,13 @@ def atomic_write(path, mode='wb'):
 
 
 def must_be_writable(path):
-    """UserError where a file `path` could not be written, to be called before the work that it
-    would hold. Creates the folder."""
+    """Create the folder of a file that is written later. UserError if it cannot be written."""
     try:
         if os.path.isdir(path):
             raise OSError('it is a folder')
         folder = os.path.dirname(os.path.abspath(path))
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as e:
         raise UserError(f'{path} cannot be written ({e}): give another place.') from None
 
@@ -247,13 +234,14 @@ def read(path, hint, open_it):
     libraries raise nearly anything, and they do not name the file."""
     try:
         if not os.path.isfile(path):
-            raise ValueError('it is not a file')
+            raise ValueError('missing, or not a file')
         return open_it(path)
     except Exception as e:
         why = ' '.join(str(e).split()) or type(e).__name__
+        why = re.sub(r'torch\.Size\(\[(.*?)\]\)', r'(\1)', why)
         if re.search('pickle|weights.only', why, re.IGNORECASE):   # it would advise to run the code
             why = 'damaged, or more than plain data; code in it was not run'
-        raise UserError(f'{path} cannot be read ({why:.200}): {hint}.') from None
+        raise UserError(f'{path} cannot be read ({why:.250}): {hint}.') from None
 
 
 def read_text(path, hint):
@@ -273,23 +261,18 @@ def read_array(path, hint):
         if array.offset + array.nbytes != os.path.getsize(path):
             raise ValueError('its length does not agree with its header')
         return array
+
     return read(path, hint, open_it)
 
 
 def read_arrays(path, hint, keys):
-    """Some arrays of an .npz file, after a check of its CRCs."""
+    """Some arrays of an .npz file. `ZipFile.read` compares the checksum of each."""
     def open_it(path):
-        check_crc(path)
-        with np.load(path) as arrays:
-            return [arrays[key] for key in keys]
+        with zipfile.ZipFile(path) as members:
+            files = [io.BytesIO(members.read(f'{key}.npy')) for key in keys]
+        return [np.lib.format.read_array(file) for file in files]
+
     return read(path, hint, open_it)
-
-
-def check_crc(file):
-    """ValueError where a record of a zip file differs from its CRC-32. numpy and torch write them
-    but torch.load does not compare them."""
-    if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-        raise ValueError('a checksum is wrong')
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -300,39 +283,65 @@ def save(checkpoint, path):
     lock of this run is gone, because another run may then write the same files."""
     for held in locks:
         if not os.path.exists(held.lock_file):
-            raise UserError(f'{path} was not written: {held.lock_file} was removed during the run, '
-                            'so another run may write there; resume it.')
+            raise UserError(f'{path} was not written: {held.lock_file} was removed, so another run '
+                            'may write there; resume this one.')
     bad = not_finite(checkpoint.get('model') or checkpoint.get('state') or {})
     if bad:
-        raise UserError(f'{path} was not written, and an older file there is unchanged: {bad} has '
-                        'NaN or infinity; lower the learning rate, or look for broken clips.')
+        raise UserError(f'{path} was not written, because {bad} has NaN or infinity: lower the '
+                        'learning rate, or look for broken clips.')
     with atomic_write(path) as f:
         torch.save(checkpoint, f)
 
 
 def load(path, hint, kind=None, keys=()):
-    """Open a checkpoint on the CPU without running any code in it. hint: what to do if it is
-    missing. UserError where it is missing or damaged, has another kind, or lacks one of the keys.
-    """
+    """Open a checkpoint on the CPU without running any code in it. UserError where it is missing or
+    damaged, has another kind, or lacks one of the keys; hint: what to do about it."""
     def open_it(path):
         with open(path, 'rb') as f:
-            check_crc(f)
+            # torch writes checksums of tensors and never compares them
+            if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
+                raise ValueError('a checksum is wrong')
             f.seek(0)
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError('it is not a checkpoint')
+        if not isinstance(checkpoint, dict) or kind and checkpoint.get('kind') != kind:
+            raise ValueError(f'it is not a checkpoint of {kind or "a model"}')
+        lacking = [key for key in keys if key not in checkpoint]
+        if lacking:
+            raise ValueError(f'it lacks {lacking[0]}: was it written by another version?')
         return checkpoint
 
-    if not os.path.exists(path):
-        raise UserError(f'{path} is missing: {hint}.')
-    checkpoint = read(path, 'expected a file that torch.save has written; get it again', open_it)
-    if kind and checkpoint.get('kind') != kind:
-        raise UserError(f'{path} holds {checkpoint.get("kind", "something else")}, expected '
-                        f'{kind}: {hint}.')
-    for key in keys:
-        if key not in checkpoint:
-            raise UserError(f'{path} lacks the entry {key}: was it written by another version?')
-    return checkpoint
+    return read(path, hint, open_it)
+
+
+def load_weights(model, weights, path, missing_ok=''):
+    """load_state_dict, where anything wrong is one sentence (UserError), NaN too. missing_ok: a
+    pattern for the names of tensors that may keep their initial values."""
+    def open_it(path):
+        missing, wrong = model.load_state_dict(weights, strict=False)
+        wrong += [name for name in missing if not re.fullmatch(missing_ok, name)]
+        if wrong:
+            raise ValueError(f'tensor {wrong[0]} is missing or unknown')
+        if not_finite(weights):
+            raise ValueError(f'tensor {not_finite(weights)} holds NaN or infinity')
+
+    read(path, 'expected the weights of this network', open_it)
+
+
+def not_finite(weights):
+    """The name of the first tensor that holds NaN or infinity, or None."""
+    return next((name for name, x in weights.items() if not torch.isfinite(x).all()), None)
+
+
+def config_from(cls, settings, path):
+    """The dataclass cls from a dict that a checkpoint holds. UserError where it does not fit."""
+    try:
+        config = cls(**settings)
+    except TypeError:
+        raise UserError(f'{path} does not hold the settings of a {cls.__name__}: was it written by '
+                        'another version?') from None
+    for field in fields(cls):
+        convert(field.name, getattr(config, field.name), field.default, path)
+    return config
 
 
 def check_memory(make_network):
@@ -347,48 +356,13 @@ def check_memory(make_network):
                         f'machine has {available / 1e9:.0f}: choose smaller ones.')
 
 
-def not_finite(weights):
-    """The name of the first tensor that holds NaN or infinity, or None."""
-    return next((name for name, x in weights.items() if not torch.isfinite(x).all()), None)
-
-
-def config_from(cls, settings, path):
-    """The dataclass cls from a dict that a checkpoint holds. UserError where it does not fit."""
-    try:
-        config = cls(**settings)
-        for key, default in cls().__dict__.items():
-            convert(key, getattr(config, key), default, path)
-    except TypeError:
-        raise UserError(f'{path} does not hold the settings of a {cls.__name__}: was it written by '
-                        'another version?') from None
-    return config
-
-
-def load_weights(model, weights, path, missing_ok=''):
-    """load_state_dict that turns all complaints into one sentence (UserError), also about NaN.
-    missing_ok: a pattern for the names of tensors that may keep their initial values."""
-    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    found = {}
-    if isinstance(weights, dict):
-        found = {name: tuple(getattr(x, 'shape', ())) for name, x in weights.items()}
-    for name in {**found, **expected}:
-        may_miss = name not in found and re.fullmatch(missing_ok, name)
-        if found.get(name) != expected.get(name) and not may_miss:
-            raise UserError(f'{path} is not of this network: tensor {name} is '
-                            f'{found.get(name, "missing")}, expected '
-                            f'{expected.get(name, "no such tensor")}.')
-    bad = not_finite(weights)
-    if bad:
-        raise UserError(f'{path}: tensor {bad} holds NaN or infinity: train it again.')
-    model.load_state_dict(weights, strict=False)
-
-
 # ------------------------------------------------------------------------------ one run in a folder
 
-# Settings that may differ when a run resumes: paths (data and tokenizer are identified by their
-# hashes), the length of the run, what it prints, the machine.
-MAY_CHANGE = set('data out_dir vq init_from overwrite mask_iters res_iters len_iters vq_iters '
-                 'eval_every vq_eval_every log_every device dtype compile'.split())
+# Settings that may differ when a run resumes: paths (hashes identify data and tokenizer), the
+# length of the run, what it prints, the machine.
+MAY_CHANGE = set('data out_dir vq glove_dir init_from overwrite mask_iters res_iters len_iters '
+                 'vq_iters ev_steps eval_every vq_eval_every ev_eval_every log_every device dtype '
+                 'compile'.split())
 locks = []   # held until the process ends, however it ends
 
 
@@ -413,16 +387,16 @@ def open_run(run, folder, kind, config, iters, keys=(), **identity):
     """Begin a run that writes <kind>.pt and <kind>_last.pt into a folder: lock it and check what is
     there. Returns the checkpoint to resume from if init_from is 'resume', otherwise None.
 
-    config: the settings, and identity: hashes of data and tokenizer; checkpoints keep both. iters:
-    steps of the whole run. keys: other entries that the checkpoint must have. UserError where it
-    belongs to another run, and where a run from scratch would replace a checkpoint without
-    --overwrite=True.
+    config: the settings. iters: steps of the whole run. keys: other entries that the checkpoint
+    must have. identity: hashes of data and tokenizer. UserError where the checkpoint belongs to
+    another run, and where a run from scratch would replace one without --overwrite=True.
     """
     if run.main:
         lock(folder, kind)
-    last, best = (os.path.join(folder, f'{kind}{end}.pt') for end in ('_last', ''))
-    resumes = config.get('init_from') == 'resume'
-    path = last if resumes or os.path.exists(last) else best
+    path = os.path.join(folder, f'{kind}_last.pt')
+    resumes = config['init_from'] == 'resume'
+    if not resumes and not os.path.exists(path):
+        path = os.path.join(folder, f'{kind}.pt')
     if not resumes and (config['overwrite'] or not os.path.exists(path)):
         return None
 
@@ -438,8 +412,9 @@ def open_run(run, folder, kind, config, iters, keys=(), **identity):
                             'for: nothing is left to do.')
         return checkpoint
     date = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
-    resume = 'resume it with --init_from=resume and its settings, ' if path == last else ''
-    difference = f'its settings differ: {changed}' if changed else 'it has the same settings'
+    resume = ''
+    if path.endswith('_last.pt'):
+        resume = 'resume it with its settings and --init_from=resume, '
     raise UserError(f'{path} exists, step {checkpoint.get("it", "unknown")} of {date}, and '
-                    f'{difference}; {resume}give another --out_dir, or replace it: '
-                    '--overwrite=True without --init_from.')
+                    f'{changed or "its settings are the same"}; {resume}give another --out_dir, or '
+                    'replace it: --overwrite=True without --init_from.')

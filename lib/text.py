@@ -12,12 +12,8 @@ One of two frozen encoders turns them into vectors:
 
     'clip'  the text tower of OpenAI's ViT-B/32 through open_clip, un-normalized, as in MoMask. It
             downloads 350 MB on first use
-    'hash'  a hashed bag of words and word pairs: deterministic, no weights, nothing to download.
-            Enough for toy and bandai, whose language is a small grammar. Pairs encode the order
-            ("then kicks") that a bag of words loses
-
-Training never runs an encoder: the captions of a data set are encoded once, and a clause that many
-captions share is encoded a single time.
+    'hash'  a hashed bag of words and of word pairs, which encode the order ("then kicks"). No
+            weights; enough for toy and bandai, whose language is a small grammar
 """
 import hashlib
 import os
@@ -55,8 +51,8 @@ def encode_captions(captions, encoder, text='sentence', tokens=None, cache=None,
                     tower=None):
     """captions (list of N str) -> vectors (U, 512) float32, index (N, m) int, role (N, m) int8.
 
-    The condition tokens of caption i are vectors[index[i]]. Vector 0 is zero and pads captions that
-    have fewer; role is 0 there. Elsewhere it is 1, or the role of the node.
+    The condition tokens of caption i are vectors[index[i]]. A text that captions share is encoded
+    once. Vector 0 is zero and pads; role is 0 there, elsewhere 1 or the role of the node.
 
     encoder  'clip' or 'hash'
     text     'sentence', 'clauses' or 'graph'
@@ -140,7 +136,7 @@ def cached_encode(captions, cache, make_tower, device):
         hint = 'delete it, and it is computed again'
         cached, vectors = read_arrays(path, hint, ('captions', 'vectors'))
         good = vectors.shape == (cached.size, DIM) and vectors.dtype == np.float32
-        if not good or cached.dtype.kind != 'U' or not np.isfinite(vectors).all():
+        if not good or not np.isfinite(vectors).all():
             raise UserError(f'{path} does not hold vectors of captions: {hint}.')
         known = dict(zip(cached.tolist(), vectors))
 
@@ -157,9 +153,9 @@ def cached_encode(captions, cache, make_tower, device):
 
 def clip_tower(pretrained='openai', device='cpu'):
     """The frozen CLIP text encoder: a function from a list of N captions to (N, 512) float32,
-    un-normalized. It is the quickgelu variant, with which OpenAI's weights were trained (plain
-    ViT-B-32 has another GELU and gives no warning). pretrained=None: random weights, for tests."""
+    un-normalized. pretrained=None: random weights, for tests."""
     import open_clip   # takes 3 seconds, and is only needed for new captions
+    # OpenAI trained with quickgelu; plain ViT-B-32 has another GELU and gives no warning
     name = 'ViT-B-32-quickgelu'
     try:
         model = open_clip.create_model(name, pretrained=pretrained)
@@ -167,9 +163,8 @@ def clip_tower(pretrained='openai', device='cpu'):
         raise UserError(f'The CLIP weights could not be loaded ({type(e).__name__}): they are '
                         'downloaded once, which needs a network or a filled cache; a model '
                         'trained with --text_encoder=hash needs no weights.') from None
-    model = model.eval().requires_grad_(False)
     model.visual = None   # only the text tower is used
-    model = model.to(device)
+    model = model.eval().requires_grad_(False).to(device)
     tokenizer = open_clip.get_tokenizer(name)
 
     @torch.no_grad()
@@ -254,8 +249,8 @@ def caption_graph(tokens):
 
 
 def phrases(tokens):
-    """Split tagged words into phrases [(word, tag)]. A verb, a preposition, an adverb or a
-    conjunction begins a new one; an adverb is a phrase by itself."""
+    """Tagged words -> phrases [(word, tag)]. A verb, a preposition, an adverb or a conjunction
+    begins a new one; an adverb is a phrase by itself."""
     found = [[]]
     for token in tokens.split():
         word, _, tag = token.rpartition('/')

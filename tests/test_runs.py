@@ -73,6 +73,7 @@ def test_what_resume_may_change(tmp_path):
     save_run(tmp_path)
     changes = dict(mask_iters=200, eval_every=5, device='cuda', overwrite=True)
     assert start(tmp_path, init_from='resume', **changes)['it'] == 70
+    assert {'ev_steps', 'ev_eval_every', 'glove_dir'} <= runtime.MAY_CHANGE
     assert runtime.MAY_CHANGE.isdisjoint(
         'lr weight_decay seed text text_encoder batch_size warmup dropout window_frames'.split())
 

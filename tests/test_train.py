@@ -522,31 +522,35 @@ def test_validation_never_uses_the_clean_msd(folder):
 RECORD = '''
 import torch
 
-from model import MaskTransformer
-
-forward = MaskTransformer.forward
-inputs = []
+from model import MaskTransformer, ResTransformer
 
 
-def record(self, ids, c, *others, **named):
-    if self.training:
-        inputs.append((ids, c))
-        torch.save(inputs, 'inputs.pt')
-    return forward(self, ids, c, *others, **named)
+def recorded(forward):
+    inputs = []
+
+    def record(self, ids, c, *others, **named):
+        if self.training:
+            inputs.append((ids, c))
+            torch.save(inputs, 'inputs.pt')
+        return forward(self, ids, c, *others, **named)
+
+    return record
 
 
-MaskTransformer.forward = record
+for network in (MaskTransformer, ResTransformer):
+    network.forward = recorded(network.forward)
 '''
 
 
-def test_text_is_dropped_after_masks_are_chosen(folder):
-    """Eq 10 reads every text. Dropping texts for classifier-free guidance changes no mask: here the
-    masks depend on the text alone, and all texts are dropped or none."""
+@pytest.mark.parametrize('stage', ['mask', 'res'])
+def test_text_is_dropped_after_masks_are_chosen(folder, stage):
+    """Both transformers drop texts for classifier-free guidance. Eq 10 reads every text, so this
+    changes no mask: here the masks depend on the text alone, and all texts are dropped or none."""
     inputs = []
     for cond_drop in (0.0, 1.0):
-        out = out_dir(folder, f'cond_drop_{cond_drop}', 'vq.pt')
+        out = out_dir(folder, f'cond_drop_{stage}_{cond_drop}', 'vq.pt')
         code, _, err = run_script_with(
-            RECORD, folder, 'train_mask.py', CONFIG, f'--out_dir={out}', '--mask_iters=1',
+            RECORD, folder, *train(stage), f'--out_dir={out}', f'--{stage}_iters=1',
             '--cfs_lambda=1.0', '--cfs_noise=0.0', f'--cond_drop={cond_drop}')
         assert code == 0, err
         inputs.append(load(folder / 'inputs.pt'))
@@ -564,9 +568,6 @@ NO_GOLDEN = ('--init_from=momask', '--momask_root=no_such', '--momask_mask=x', '
 MISTAKES = [   # a key fact of the sentence, and the command
     ('alpha0', *TRAIN, '--alpha=0'),
     ('FRAMES_PER_TOKEN', *TRAIN, '--FRAMES_PER_TOKEN=5'),
-    ('batch_size', *TRAIN, '--batch_size=many'),
-    ('rescaled', *TRAIN, '--fusion=sharp'),
-    ('nonsense', *TRAIN, '--mask_by=nonsense'),
     ('latent is 26', *TRAIN, '--latent=26', '--n_heads=3', '--overwrite=True'),
     ('config/none.py', 'train_vq.py', 'config/none.py'),
     ('n_layer,', 'train_mask.py', 'config/typo.py'),
