@@ -1,23 +1,24 @@
-"""Prompts in, motion out, in the browser: generate, compare side by side, regenerate a span.
+"""Prompts in, motion out, in the browser: generate, compare, edit a span, go on, export.
 
     make app                     # installs viser, then runs the next line
     python app.py config/toy.py
     python app.py --init_from=momask --momask_root=checkpoints
 
-Only this machine can open the page, unless --host says otherwise. The same seed gives the same
-motion.
+Only this machine can open the page, unless --host says otherwise. Every visitor has a page of their
+own, and the browser keeps its motions: they outlast a reload and a restart of the server.
 """
 import contextlib
-import html
+import json
 import os
+import random
 import re
+import shutil
 import socket
 import tempfile
 import threading
 import time
 import traceback
 from types import SimpleNamespace
-from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -25,13 +26,13 @@ import torch
 
 import msd
 from generate import decoding_of, open_pipeline
-from lib.bvh import write_bvh
 from lib.configurator import LIMITS, UserError, configure
 from lib.data import FRAMES_PER_TOKEN
-from lib.detect import parse
-from lib.draw import HEAD, LIMB, SHADOW, SIDE_COLOURS, draw_gif
-from lib.motion import SKELETONS, features_to_joints
+from lib.motion import SKELETONS
+from lib.page import (INTRODUCTION, LEGEND, VIEW, action, add_body, file_of, only_own_page,
+                      side_by_side, timeline)
 from lib.runtime import read_text, setup
+from lib.takes import SUFFIXES, take_settings
 
 # -----------------------------------------------------------------------------
 host = '127.0.0.1'           # '0.0.0.0' opens the page to the whole network
@@ -40,6 +41,10 @@ examples = 'config/demo_prompts.txt'     # a file with one prompt per line
 data = 'toy'
 out_dir = ''                 # the checkpoints, '' is out/<data>
 seed = 0                     # initial value on the page; so are steps and cond_scale
+joints = ''                  # how to read uploaded motion: a json file of joint names
+unit = ''                    # m, cm, mm, inch or metres; '' is what fits a body
+up = ''                      # the axis that points up; '' finds it
+root = ''                    # of a BVH file with several roots: a name, or 1, 2 ...
 # machine
 device = 'auto'              # 'auto' | 'cpu' | 'cuda'
 dtype = 'float32'            # the same motion on every CPU; faster: 'float32' | 'bfloat16' | 'auto'
@@ -47,7 +52,6 @@ config = configure(globals(), shared=True)
 # -----------------------------------------------------------------------------
 try:
     import viser
-    import websockets.asyncio.server
 except ImportError:
     raise UserError('app.py needs viser, which is not installed: run `make app`, or `pip install '
                     '-r requirements-app.txt`.') from None
@@ -60,354 +64,386 @@ except (OSError, OverflowError) as error:
     raise UserError(f'The page cannot be served at {host}:{port} ({error}): give another --port, '
                     'or leave --host out.') from None
 
-GAP = 0.6                                # metres between motions
-VIEW = np.array([0.45, 0.35, 0.8])       # direction from the look-at point to the camera
-LOOPBACK = ('127.0.0.1', 'localhost', '::1', '[::1]')
-TEXT_STYLE = 'margin: 0.3em 0.8em; font-size: 0.85em'
+EXPORTS = ['GIF', 'BVH', 'GLB', 'NPY'] + ['MP4'] * bool(shutil.which('ffmpeg'))
+MOST_BYTES = 50_000_000                  # of an uploaded file
+MOST_MADE = 20                           # entries of the list of what was made
 
 out_dir = out_dir or os.path.join('out', data)
+reading = take_settings(joints, unit, up, root)
 run = setup(device, dtype, seed)
 pipe = open_pipeline(config, data, out_dir, run.device)
 fps = pipe.meta['fps']
+token_seconds = FRAMES_PER_TOKEN / fps
 skeleton = SKELETONS[pipe.meta['skeleton']]
 lines = read_text(examples, 'expected one prompt per line').splitlines()
 example_prompts = [line.partition('#')[0].strip() for line in lines if line.strip()] or ['']
+storage_key = f'motions-{pipe.vq.fingerprint()}'   # where the browser keeps what was made
 
-shown = []                   # the motions on the page
-poses = []                   # for each of them, a function that moves its body to a frame
-busy = threading.Lock()      # one action at a time, for all visitors
-drawing = threading.RLock()  # bodies are either moved or replaced
+pages = {}   # the Page of each visitor, by the number of the client
 
 # ------------------------------------------------------------------------------------------- motion
 
 
-def decoding():
-    """The settings for generating tokens. UserError for a value outside its field's range; an
-    emptied field reads as 0."""
-    for field in (length_slider, seed_box, guidance_slider, steps_slider, variants_slider):
-        if not field.min <= field.value <= field.max:
-            raise UserError(f'{field.label} is {field.value}, expected {field.min} to {field.max}.')
-    return decoding_of({**config, 'steps': steps_slider.value,
-                        'cond_scale': guidance_slider.value})
+def motion_of(ids, parts):
+    """Tokens (n, Q), and what they are for, [(text, first, end)] -> a motion of the page. The text
+    of uploaded motion is ''."""
+    texts = [text for text, *_ in parts]
+    return SimpleNamespace(ids=ids, parts=parts, remark=pipe.unseen(' '.join(texts)),
+                           caption=' | '.join(text or 'uploaded' for text in texts))
+
+
+def complexity(base):
+    """Omega (Eq 8) of base tokens (n,) -> (n,)"""
+    f, _ = pipe.mask.spectrum(base[None].to(run.device))
+    return msd.complexity(f, pipe.mask.config.omega)[0].cpu().numpy()
+
+
+# the brightest colour of all timelines is the mean for random tokens
+random_tokens = np.random.default_rng(0).integers(pipe.mask.config.n_codes, size=1000)
+brightest = complexity(torch.from_numpy(random_tokens)).mean()
 
 
 def text_in(box):
     text = box.value.strip()
-    if not re.search(r'\w', text):
-        raise UserError('The prompt is empty: write what the person does, or choose an example.')
+    pipe.check_prompt(text)
     return text
 
 
-def generate_tokens(text, variants):
-    """Generate motions for a text, of the length that the page asks for -> tokens [(n_i, Q)]."""
-    settings = decoding()
-    c, role = pipe.encode_text([text] * variants)
-    n = torch.full((variants,), round(length_slider.value * fps / FRAMES_PER_TOKEN))
-    if not n.all():
-        n = pipe.lengths(c, role, seed_box.value).cpu()
-    ids = pipe.generate(c, role, n, seed_box.value, **settings)
-    return [row[:k] for row, k in zip(ids, n.tolist())]
+# ------------------------------------------------------------------------------------------ a page
 
 
-def motion_of(ids, text, caption):
-    """Tokens (n, Q), the text of their last part, and the caption of the whole -> a motion of the
-    page; its joints have the data set's unit."""
-    f, _ = pipe.mask.spectrum(ids[None, :, 0])
-    return SimpleNamespace(
-        ids=ids, text=text, caption=caption, omega=msd.complexity(f)[0].cpu().numpy(),
-        joints=features_to_joints(pipe.decode(ids), pipe.meta['n_joints']))
+class Page:
+    """What one visitor sees, and has made."""
+    autocast = staticmethod(run.autocast)
 
+    def __init__(self, client):
+        self.client, self.scene = client, client.scene
+        self.drawing = threading.RLock()   # bodies are either moved or replaced
+        self.working = False               # an action is at work
+        self.playing = True
+        self.made = {}     # every list of motions so far, by title
+        self.shown = []    # one of these lists
+        self.poses = []    # for each of its motions, a function that moves the body to a frame
+        self.world = self.scene.add_frame('/world', show_axes=False)
+        self.scene.add_grid('/world/floor', 60, 60, plane='xz', cell_color=(229, 232, 237),
+                            section_color=(196, 200, 208), fade_distance=30)
+        client.camera.fov = 0.7
+        self.add_panel(client.gui)
 
-def selected():
-    """The position in `shown` of the motion that the menu names."""
-    if not shown:
-        raise UserError('There is no motion yet: press Generate first.')
-    if motion_menu.value not in motion_menu.options:
-        raise UserError(f'There is no motion {motion_menu.value!r:.40}: choose one in the menu.')
-    return int(motion_menu.value) - 1
+    def add_panel(self, gui):
+        gui.configure_theme(control_width='large', show_logo=False, show_share_button=False)
+        gui.main_panel.dock_right()
+        gui.add_html(INTRODUCTION)
+        self.prompt_box = gui.add_text('Prompt', example_prompts[0], multiline=True)
+        self.example_menu = gui.add_dropdown('Examples', example_prompts)
+        self.generate_button = gui.add_button('Generate', color='blue')
+        self.generate_text = gui.add_html('')
+        with gui.add_folder('Options', expand_by_default=False):
+            longest = pipe.n_max * token_seconds
+            self.length_slider = gui.add_slider('Seconds', 0.0, longest, token_seconds, 0.0,
+                                                hint='0: as long as the length estimator expects')
+            self.variants_slider = gui.add_slider('Variants', 1, 6, 1, 1)
+            self.seed_box = gui.add_number('Seed', seed, min=0, max=LIMITS['seed'][1], step=1)
+            self.lock_box = gui.add_checkbox('Lock seed', False, hint='Same seed, same motion')
+            most = max(10.0, cond_scale)
+            self.guidance_slider = gui.add_slider('Guidance', 0.0, most, 0.5, cond_scale)
+            self.steps_slider = gui.add_slider('Steps', 1, max(30, steps), 1, steps)
+            self.speed_slider = gui.add_slider('Speed', 0.1, 3.0, 0.1, 1.0)
+        with gui.add_folder('Timeline'):
+            self.strips = gui.add_html('')
+            self.time_slider = gui.add_slider('Time (s)', 0.0, 1.0, 1 / fps, 0.0)
+            self.play_button = gui.add_button('Pause', color='gray', hint='Space')
+            self.motion_menu = gui.add_dropdown('Selected', ['1'], visible=False)
+            self.made_menu = gui.add_dropdown('Made so far', ['nothing'])
+            self.undo_button = gui.add_button('Undo', color='gray', hint='Key Z')
+        with gui.add_folder('Edit'):
+            self.span_slider = gui.add_multi_slider('Span (s)', 0.0, 1.0, token_seconds, (0.0, 1.0))
+            self.change_box = gui.add_text('New prompt', '')
+            self.edit_button = gui.add_button('Edit the span', color='gray')
+            self.append_button = gui.add_button('Append', color='gray')
+            self.edit_text = gui.add_html('')
+        with gui.add_folder('Files', expand_by_default=False):
+            self.upload_button = gui.add_upload_button('Upload BVH, npy or npz', color='gray',
+                                                       mime_type=','.join(SUFFIXES))
+            self.kind_menu = gui.add_dropdown('Format', EXPORTS)
+            self.footlock_box = gui.add_checkbox('Lock feet', False, hint='Feet do not slide')
+            self.export_button = gui.add_button('Export', color='gray')
+            self.files_text = gui.add_html('')
+        for handle in (self.time_slider, self.span_slider, self.motion_menu):
+            handle.on_update(self.show)
+        self.made_menu.on_update(lambda event: event.client and self.draw())
+        self.change_box.on_update(lambda _: self.enable(self.working))
+        self.example_menu.on_update(self.take_example)
+        self.upload_button.on_upload(self.upload)
+        self.export_button.on_click(self.export)
+        for button, press, hotkey in (
+                (self.generate_button, self.generate, 'G'), (self.undo_button, self.undo, 'Z'),
+                (self.play_button, self.play_or_pause, 'space'),
+                (self.edit_button, self.edit, 'E'), (self.append_button, self.append, 'A')):
+            button.on_click(press)
+            gui.add_command(button.label, hotkey=hotkey).on_trigger(press)
 
+    def take_example(self, _):
+        self.prompt_box.value = self.example_menu.value
 
-def span():
-    """The selected span of the timeline in tokens, (first, end)."""
-    first, end = span_slider.value
-    return first // FRAMES_PER_TOKEN, end // FRAMES_PER_TOKEN
+    def enable(self, working):
+        """Disable buttons while one of them works, and until they can do something."""
+        self.working = working
+        idle = bool(self.shown) and not working
+        self.generate_button.disabled = self.upload_button.disabled = working
+        self.edit_button.disabled = not (idle and self.change_box.value.strip())
+        self.append_button.disabled = self.edit_button.disabled
+        self.export_button.disabled = self.made_menu.disabled = not idle
+        self.undo_button.disabled = not idle or self.made_menu.value == self.made_menu.options[0]
 
+    # --------------------------------------------------------------------------------------- scene
 
-def seconds_of(tokens):
-    return f'{tokens * FRAMES_PER_TOKEN / fps:.1f} s'
+    def draw(self):
+        """Show the motions that the menu of those made so far names, side by side."""
+        with self.drawing, self.client.atomic():
+            motions = self.made[self.made_menu.value]
+            longest = FRAMES_PER_TOKEN * max(len(motion.ids) for motion in motions)
+            bodies = []
+            for motion in motions:
+                body = pipe.joints(motion.ids) / skeleton.units_per_metre
+                bodies.append(body[np.minimum(np.arange(longest), len(body) - 1)])   # holds its end
+                omega = matplotlib.colormaps['plasma'](complexity(motion.ids[:, 0]) / brightest)
+                motion.colours = [matplotlib.colors.to_hex(colour) for colour in omega]
+            self.shown = motions
+            self.scene.remove_by_name('/world/motions')
+            self.bodies = np.stack(side_by_side(bodies))   # (motions, T, J, 3)
+            self.motion_menu.options = [str(i + 1) for i in range(len(self.shown))]
+            self.motion_menu.visible = len(self.shown) > 1
+            self.poses = [add_body(self.scene, f'/world/motions/{number}', body, skeleton)
+                          for number, body in zip(self.motion_menu.options, self.bodies)]
+            self.time_slider.max = self.span_slider.max = longest / fps
+            self.time_slider.value = 0.0
+            third = longest // FRAMES_PER_TOKEN // 3 * token_seconds
+            self.span_slider.value = (third, longest / fps - third)
+            self.show()
+        self.enable(self.working)
 
+    def show(self, _=None):
+        """Draw all bodies and the timeline at the time of the slider. The camera follows, because
+        the world moves."""
+        with self.drawing, self.client.atomic():
+            if not self.shown:
+                return
+            now = self.time_slider.value / token_seconds
+            frames = self.bodies.shape[1]
+            frame = min(int(now * FRAMES_PER_TOKEN + 1e-6), frames - 1)
+            strips, captions = [], set()
+            for number, motion, pose in zip(self.motion_menu.options, self.shown, self.poses):
+                span = None
+                label = number if len(self.shown) > 1 else ''
+                if number == self.motion_menu.value:
+                    span = [edge / token_seconds for edge in self.span_slider.value]
+                    label = label and f'{label} (selected)'
+                pose(frame, label)
+                width = FRAMES_PER_TOKEN * len(motion.ids) / frames
+                texts = [motion.parts, motion.remark]
+                if motion.caption in captions:   # variants have the same
+                    texts = [[], '']
+                captions.add(motion.caption)
+                strips.append(timeline(label, *texts, motion.colours, now, span, width))
+            roots = self.bodies[:, :, 0]
+            self.world.position = (roots[:, 0] - roots[:, frame]).mean(0) * [1, 0, 1]
+            self.strips.content = ''.join(strips) + LEGEND
 
-def unknown_actions(text):
-    """A sentence about a prompt that the toy model was not trained on; '' for all others."""
-    if pipe.meta['name'] != 'toy' or parse(text):
-        return ''
-    return ' The toy model does not know all of these actions: see the examples for those it does.'
+    def tick(self):
+        """Show the next frame."""
+        if self.playing and self.shown:
+            later = self.time_slider.value + max(0.1, self.speed_slider.value) / fps
+            self.time_slider.value = later % self.time_slider.max
 
+    def play_or_pause(self, _):
+        self.playing = not self.playing
+        self.play_button.label = 'Pause' if self.playing else 'Play'
 
-def file_of(motion, kind):
-    """The bytes of a motion as 'GIF', 'BVH' or 'npy'."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, f'motion.{kind.lower()}')
-        if kind == 'GIF':
-            draw_gif(motion.joints, path, motion.caption, fps)
-        elif kind == 'BVH':
-            write_bvh(path, motion.joints, skeleton, fps)
-        else:
-            np.save(path, motion.joints)
-        with open(path, 'rb') as f:
-            return f.read()
+    def aim(self):
+        """Point the camera at the bodies where they start. On a phone the panel covers the lower
+        half of the page."""
+        roots = self.bodies[:, 0, 0]
+        middle = (roots.min(0) + roots.max(0)) / 2
+        distance = 3.5 + 1.2 * np.ptp(roots, axis=0).max()
+        if self.client.camera.aspect < 1:
+            distance *= 1.8
+            middle = middle - [0, 0.9, 0]
+        self.client.camera.position = middle + distance * VIEW
+        self.client.camera.look_at = middle
 
+    # ------------------------------------------------------------------------- what has been made
 
-# -------------------------------------------------------------------------------------------- scene
+    def add(self, title, motions):
+        """Show motions, a new entry of the list of what was made, which the browser keeps."""
+        number = 1 + max((int(old.partition(':')[0]) for old in self.made), default=0)
+        title = f'{number}: {title:.60}'
+        made = [*self.made.items(), (title, motions)][-MOST_MADE:]
+        self.choose(dict(made), title)
+        kept = [(title, [(motion.ids.tolist(), motion.parts) for motion in motions])
+                for title, motions in made]
+        self.client.local_storage.set_item(storage_key, json.dumps(kept))
 
+    def choose(self, made, title):
+        self.made = made
+        self.made_menu.options = list(made)
+        self.made_menu.value = title
+        self.draw()
 
-def add_body(name, joints):
-    """Draw joints (T, J, 3) in metres as thick lines in the GIFs' colours, above a shadow ->
-    pose(t), a function that moves them to a frame."""
-    bones = np.stack([joints[:, skeleton.parents[1:]], joints[:, 1:]], axis=2)
-    sides = [joint.split('_')[0] for joint in skeleton.names[1:]]
-    sides = np.array([side if side in SIDE_COLOURS else 'middle' for side in sides])
-    neck, skull = bones[:, skeleton.names.index('head') - 1].swapaxes(0, 1)
-    face = skull[:, None, None] + [[[0.25], [0.35]]] * (skull - neck)[:, None, None]
-    parts = [(bones * [1, 0, 1] - [0, LIMB, 0], SHADOW, LIMB), (face, SIDE_COLOURS['middle'], HEAD)]
-    parts += [(bones[:, sides == side], colour, LIMB) for side, colour in SIDE_COLOURS.items()]
-    lines = [server.scene.add_line_segments(f'/motions/{name}/{i}', points[0], colour,
-                                            thickness=thickness)
-             for i, (points, colour, thickness) in enumerate(parts)]
-    label = server.scene.add_label(f'/motions/{name}/label', name, anchor='bottom-center')
+    def restore(self):
+        """Show again what the browser has kept. An exception where that is nothing, or damaged."""
+        kept = json.loads(self.client.local_storage.get_item(storage_key, timeout=5))
+        self.choose({title: [motion_of(torch.tensor(ids, device=run.device), parts)
+                             for ids, parts in motions] for title, motions in kept}, kept[-1][0])
+        self.aim()
 
-    def pose(t):
-        t = min(t, len(joints) - 1)      # a shorter motion holds its last pose
-        for line, (points, _, _) in zip(lines, parts):
-            line.points = points[t]
-        label.position = skull[t] + [0, HEAD, 0]
-    return pose
+    def undo(self, _):
+        """Go back to what was made before."""
+        titles = list(self.made)
+        if titles and not self.working:
+            self.choose(self.made, titles[max(0, titles.index(self.made_menu.value) - 1)])
 
+    # ------------------------------------------------------------------------------------- actions
 
-def show(_=None):
-    """Draw all bodies at the frame of the slider, and the timeline."""
-    with drawing, server.atomic():
-        for pose in poses:
-            pose(frame_slider.value)
-        timeline.content = ''.join(strip(i, motion) for i, motion in enumerate(shown, 1))
+    def decoding(self):
+        """The settings for generating tokens, with a new seed unless it is locked. UserError for a
+        value outside its field's range; an emptied field reads as 0."""
+        for field in (self.length_slider, self.seed_box, self.guidance_slider, self.steps_slider,
+                      self.variants_slider):
+            if not field.min <= field.value <= field.max:
+                raise UserError(f'{field.label} is {field.value}, expected {field.min} to '
+                                f'{field.max}.')
+        if self.made and not self.lock_box.value:
+            self.seed_box.value = random.randrange(10**6)
+        return dict(decoding_of(config), seed=self.seed_box.value, steps=self.steps_slider.value,
+                    cond_scale=self.guidance_slider.value)
 
+    def new_tokens(self, text, variants, settings):
+        """Motions for a text, of the length that the page asks for -> tokens [(n_i, Q)]."""
+        c, role = pipe.encode_text([text] * variants)
+        n = torch.full((variants,), round(self.length_slider.value / token_seconds))
+        if not n.all():
+            n = pipe.lengths(c, role, settings['seed']).cpu()
+        ids = pipe.generate(c, role, n, **settings)
+        return [row[:k] for row, k in zip(ids, n.tolist())]
 
-def strip(number, motion):
-    """A motion's caption and, below it, its complexity Omega(t) (Eq 8) token by token, from dark to
-    bright. The current frame is black; tokens outside the selected span are pale."""
-    first, end = span()
-    n = len(motion.colours)
-    stops = []
-    for t, colour in enumerate(motion.colours):
-        if t == frame_slider.value // FRAMES_PER_TOKEN:
-            colour = 'black'
-        elif str(number) == motion_menu.value and not first <= t < end:
-            colour += '40'               # a quarter of the opacity
-        stops.append(f'{colour} {t / n:.2%} {(t + 1) / n:.2%}')
-    width = len(motion.joints) / frame_slider.max
-    return (f'<div style="{TEXT_STYLE}">{number}: {html.escape(motion.caption)}'
-            f'<div style="height: 14px; width: {width:.2%}; '
-            f'background: linear-gradient(90deg, {", ".join(stops)})"></div></div>')
+    def selected(self):
+        return self.shown[int(self.motion_menu.value) - 1]
 
+    def replace(self, ids, parts, first, end):
+        """Show a motion in the place of the selected one, and select what is new, (first, end)."""
+        number = self.motion_menu.value
+        motions = list(self.shown)
+        motions[int(number) - 1] = motion_of(ids, parts)
+        self.add(f'{self.change_box.value} ({first * token_seconds:.1f} s)', motions)
+        self.motion_menu.value = number
+        self.span_slider.value = (first * token_seconds, end * token_seconds)
 
-def stage(motions):
-    """Show these motions side by side, from their first frame. Returns the paths of their roots
-    (n, 3), in metres."""
-    with drawing, server.atomic():
-        shown[:] = motions
-        server.scene.remove_by_name('/motions')
-        server.scene.add_frame('/motions', show_axes=False)
-        poses.clear()
-        most = max(1e-6, *(motion.omega.max() for motion in shown))
-        paths = []
-        edge = 0
-        for i, motion in enumerate(shown, 1):
-            colours = matplotlib.colormaps['plasma'](motion.omega / most)
-            motion.colours = [matplotlib.colors.to_hex(colour) for colour in colours]
-            joints = motion.joints / skeleton.units_per_metre
-            joints[..., 0] += edge - joints[..., 0].min()
-            edge = joints[..., 0].max() + GAP
-            poses.append(add_body(str(i), joints))
-            paths.append(joints[:, 0])
-        motion_menu.options = [str(i + 1) for i in range(len(shown))]
-        frame_slider.max = span_slider.max = max(len(motion.joints) for motion in shown)
-        frame_slider.value = 0
-        show()
-    return np.concatenate(paths)
+    @action('generate_text')
+    def generate(self):
+        start = time.perf_counter()
+        text = text_in(self.prompt_box)
+        tokens = self.new_tokens(text, self.variants_slider.value, self.decoding())
+        self.add(text, [motion_of(ids, [(text, 0, len(ids))]) for ids in tokens])
+        self.aim()
+        longest = max(map(len, tokens)) * token_seconds
+        return f'Done in {time.perf_counter() - start:.1f} s: {longest:.1f} s of motion'
 
+    @action('edit_text')
+    def edit(self):
+        motion = self.selected()
+        text = text_in(self.change_box)
+        first, end = (round(edge / token_seconds) for edge in self.span_slider.value)
+        end = min(end, len(motion.ids))
+        where = f'{first * token_seconds:.1f}-{end * token_seconds:.1f} s'
+        if not 0 <= first < end:
+            raise UserError(f'The span is {where}: drag the ends of its slider around the part to '
+                            'change.')
+        ids = pipe.edit(motion.ids, [(first, end)], text, **self.decoding())
+        before = [(old, a, min(b, first)) for old, a, b in motion.parts if a < first]
+        after = [(old, max(a, end), b) for old, a, b in motion.parts if b > end]
+        self.replace(ids, [*before, (text, first, end), *after], first, end)
+        return f'Replaced {where}; the rest is unchanged'
 
-def aim(places):
-    """Point every browser's camera at all of the places (n, 3)."""
-    middle = (places.min(0) + places.max(0)) / 2
-    distance = 4 + 1.3 * np.ptp(places, axis=0).max()
-    cameras = [client.camera for client in server.get_clients().values()]
-    for camera in [server.initial_camera, *cameras]:
-        camera.position = middle + distance * VIEW
-        camera.look_at = middle
+    @action('edit_text')
+    def append(self):
+        motion = self.selected()
+        text = text_in(self.change_box)
+        settings = self.decoding()
+        new, = self.new_tokens(text, 1, settings)
+        ids = pipe.join([motion.ids, new], [motion.parts[-1][0], text], **settings)
+        first, end = len(motion.ids), len(ids)
+        self.replace(ids, [*motion.parts, (text, first, end)], first, end)
+        return f'Added {len(new) * token_seconds:.1f} s'
+
+    @action('files_text')
+    def upload(self):
+        file = self.upload_button.value
+        name, suffix = os.path.basename(file.name), os.path.splitext(file.name)[1].lower()
+        if suffix not in SUFFIXES or len(file.content) > MOST_BYTES:
+            raise UserError(f'{name} has {len(file.content) / 1e6:.0f} MB, expected at most '
+                            f'{MOST_BYTES / 1e6:.0f} of {", ".join(SUFFIXES)}.')
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, f'motion{suffix}')
+            with open(path, 'wb') as f:
+                f.write(file.content)
+            try:
+                ids, notes = pipe.read_motion(path, reading)
+            except UserError as error:
+                raise UserError(str(error).replace(path, name)) from None
+        self.add(name, [motion_of(ids, [('', 0, len(ids))])])
+        self.aim()
+        return f'Read {len(ids) * token_seconds:.1f} s: {"; ".join(notes)}'
+
+    @action('files_text')
+    def export(self):
+        motion = self.selected()
+        slug = re.sub(r'\W+', '-', motion.caption.lower()).strip('-')
+        name = f'{slug[:40]}.{self.kind_menu.value.lower()}'
+        positions = pipe.joints(motion.ids, self.footlock_box.value)
+        content = file_of(self.kind_menu.value, positions, motion.caption, skeleton, fps)
+        self.client.send_file_download(name, content, save_immediately=True)
+        return f'{name} is in your downloads'
 
 
 # ------------------------------------------------------------------------------------------- server
 
-
-def is_own_page(headers):
-    """Does a request come from this page, or from a program that is no browser? Otherwise any web
-    site that is open in a browser on this machine could connect and press buttons. An attacker's
-    host name may resolve to 127.0.0.1, so a loopback server also accepts its own names only."""
-    address = headers.get('Host', '')
-    if host in LOOPBACK and re.sub(r':\d+$', '', address) not in LOOPBACK:
-        return False
-    return headers.get('Origin', f'http://{address}').partition('://')[2] == address
-
-
-def serve_own_page(handler, *args, process_request, **more):
-    """The `serve` of websockets with a check of the Origin, which viser does not ask for."""
-    def check(connection, request):
-        if not is_own_page(request.headers):
-            return connection.respond(403, 'This address serves its own page only.\n')
-        return process_request(connection, request)
-    return serve(handler, *args, process_request=check, **more)
-
-
-serve = websockets.asyncio.server.serve
-with mock.patch.object(websockets.asyncio.server, 'serve', serve_own_page):
+with only_own_page(host):
     server = viser.ViserServer(host, port, 'DynMask', verbose=False)
 server.request_share_url = lambda *_, **__: None   # a visitor's request would publish the page
 server.scene.set_up_direction('+y')
-server.scene.add_grid('/floor', plane='xz', infinite_grid=True, cell_color=(229, 232, 237),
-                      section_color=(196, 200, 208), fade_distance=30)
-server.gui.configure_theme(control_width='large', show_logo=False, show_share_button=False)
-server.gui.main_panel.dock_right()
-server.initial_camera.fov = 0.7
-aim(np.array([[0.0, 0.9, 0.0]]))
-
-# --------------------------------------------------------------------------------------------- page
-
-prompt_box = server.gui.add_text('Prompt', example_prompts[0], multiline=True)
-example_menu = server.gui.add_dropdown('Examples', example_prompts)
-length_slider = server.gui.add_slider(
-    'Seconds', 0.0, pipe.n_max * FRAMES_PER_TOKEN / fps, FRAMES_PER_TOKEN / fps, 0.0,
-    hint='0: as long as the length estimator expects')
-lowest, highest = LIMITS['seed']
-seed_box = server.gui.add_number('Seed', seed, min=lowest, max=highest, step=1)
-guidance_slider = server.gui.add_slider(
-    'Guidance', min(0.0, cond_scale), max(10.0, cond_scale), 0.5, cond_scale)
-steps_slider = server.gui.add_slider('Steps', 1, max(30, steps), 1, steps)
-variants_slider = server.gui.add_slider('Variants', 1, 6, 1, 1)
-generate_button = server.gui.add_button('Generate', color='blue')
-message = server.gui.add_html('')
-with server.gui.add_folder('Timeline'):
-    play_box = server.gui.add_checkbox('Play', True)
-    speed_slider = server.gui.add_slider('Speed', 0.1, 3.0, 0.1, 1.0)
-    frame_slider = server.gui.add_slider('Frame', 0, 1, 1, 0, hint=f'{fps:g} per second')
-    timeline = server.gui.add_html('')
-    server.gui.add_html(f'<p style="{TEXT_STYLE}">Dark: calm. Bright: busy (Omega, Eq 8).</p>')
-    span_slider = server.gui.add_multi_slider('Span', 0, 1, FRAMES_PER_TOKEN, (0, 0))
-with server.gui.add_folder('Edit and export'):
-    motion_menu = server.gui.add_dropdown('Motion', ['1'])
-    change_box = server.gui.add_text('New prompt', '')
-    edit_button = server.gui.add_button('Regenerate the span')
-    append_button = server.gui.add_button('Append')
-    save_buttons = server.gui.add_button_group('Export', ['GIF', 'BVH', 'npy'])
 
 
-def action(act):
-    """What a button does: act(event) returns a sentence, which appears on the page. A UserError
-    appears too, and no other exception ends the server."""
-    def press(event):
-        with busy, run.autocast():
-            try:
-                colour, sentence = '#444', act(event)
-            except UserError as error:
-                colour, sentence = '#c22', error
-            except Exception as error:
-                traceback.print_exc()
-                colour, sentence = '#c22', f'That failed ({repr(error):.200}).'
-        sentence = html.escape(str(sentence))
-        message.content = f'<p style="{TEXT_STYLE}; color: {colour}">{sentence}</p>'
-    return press
+@server.on_client_connect
+def open_page(client):
+    """The page opens with what its visitor made before, or with the first example."""
+    page = pages[client.client_id] = Page(client)
+    try:
+        page.restore()
+    except Exception:
+        page.made = {}
+        page.generate()
 
 
-@generate_button.on_click
-@action
-def generate(_):
-    start = time.perf_counter()
-    text = text_in(prompt_box)
-    tokens = generate_tokens(text, variants_slider.value)
-    aim(stage([motion_of(ids, text, text) for ids in tokens]))
-    span_slider.value = (0, span_slider.max)
-    longest = seconds_of(max(len(ids) for ids in tokens))
-    took = time.perf_counter() - start
-    return f'Done in {took:.2f} s: {longest} of motion.{unknown_actions(text)}'
-
-
-@edit_button.on_click
-@action
-def regenerate(_):
-    i = selected()
-    motion = shown[i]
-    text = text_in(change_box)
-    first, end = span()
-    end = min(end, len(motion.ids))
-    where = f'{seconds_of(first)} to {seconds_of(end)}'
-    if first >= end:
-        raise UserError(f'The span is {where}: drag the ends of its slider around the part to '
-                        'change.')
-    ids = pipe.edit(motion.ids, [(first, end)], text, seed_box.value, **decoding())
-    changed = motion_of(ids, motion.text, f'{motion.caption}, {where}: {text}')
-    stage([*shown[:i], changed, *shown[i + 1:]])
-    return f'Replaced {where}; the rest is unchanged.{unknown_actions(text)}'
-
-
-@append_button.on_click
-@action
-def append(_):
-    i = selected()
-    motion = shown[i]
-    text = text_in(change_box)
-    new, = generate_tokens(text, 1)
-    ids = pipe.join([motion.ids, new], [motion.text, text], seed_box.value, **decoding())
-    longer = motion_of(ids, text, f'{motion.caption} | {text}')
-    aim(stage([*shown[:i], longer, *shown[i + 1:]]))
-    return f'Added {seconds_of(len(new))}.{unknown_actions(text)}'
-
-
-@save_buttons.on_click
-@action
-def save(event):
-    motion = shown[selected()]
-    kind = save_buttons.value
-    slug = re.sub(r'\W+', '-', motion.caption.lower()).strip('-')
-    name = f'{slug[:40]}.{kind.lower()}'
-    event.client.send_file_download(name, file_of(motion, kind), save_immediately=True)
-    return f'{name} is in your downloads.'
-
-
-@example_menu.on_update
-def take_example(_):
-    prompt_box.value = example_menu.value
+@server.on_client_disconnect
+def close_page(client):
+    pages.pop(client.client_id, None)
 
 
 def play():
-    """Show frame after frame, forever. A value that no field can have (a client may send any) stops
-    the motion until the next one is generated, not the server."""
-    problem = ''
+    """Show frame after frame on all pages, forever. A value that no field can have (a client may
+    send any) pauses that client's page."""
     while True:
         start = time.perf_counter()
-        try:
-            if play_box.value and shown:
-                frame_slider.value = (frame_slider.value + 1) % frame_slider.max
-            speed = max(speed_slider.min, speed_slider.value)
-            rest = 1 / (fps * speed) - (time.perf_counter() - start)
-        except Exception as error:
-            if problem != repr(error):
+        for page in list(pages.values()):
+            try:
+                page.tick()
+            except Exception:
                 traceback.print_exc()
-            problem, rest = repr(error), 0.5
-        time.sleep(min(max(0, rest), 1))
+                page.playing = False
+        time.sleep(max(0.005, 1 / fps - (time.perf_counter() - start)))
 
 
-for handle in (frame_slider, span_slider, motion_menu):
-    handle.on_update(show)
 if __name__ == '__main__':
-    generate(None)           # the page opens with the first example playing
     with contextlib.suppress(KeyboardInterrupt):
         play()

@@ -86,7 +86,6 @@ def edited(features, text, seed):
     pasted[a:b] = pipe.decode(generated(text, last - first, seed))
     ours = pipe.decode(pipe.edit(ids, [(first, last)], text, seed, **decoding))
     motions = {'real clip': features, 'tokenizer': reconstruction, 'edited': ours, 'pasted': pasted}
-
     figures = {}
     kept = np.r_[0:a, b:len(reconstruction)]
     for row, motion in motions.items():

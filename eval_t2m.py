@@ -9,8 +9,7 @@ r"""The evaluation protocol of Guo et al. 2022 on generated motion, with 95% int
     python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints
 
 One repeat: shuffle the test clips, draw one caption of each, drop the last partial batch of 32,
-embed, compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. Motions are
-generated in batches of similar length; batches of 32 matter only to R-precision. RESULTS.md,
+embed, compare.  Rows: real motion, tokenizer reconstruction, base tokens only, full. RESULTS.md,
 "Protocol", lists every difference from the reference code.
 """
 import os
@@ -31,7 +30,7 @@ from lib.evaluator import (Evaluator, diversity, fid, interval, mm_dist, mpjpe, 
 from lib.motion import SKELETONS, features_to_joints
 from lib.report import refuse_other_files, say, table, write_results
 from lib.runtime import setup
-from lib.strata import clip_strata, error_by_speed, strata_fids, token_speed
+from lib.strata import STRATA, clip_strata, error_by_speed, strata_fids, token_speed
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -57,14 +56,13 @@ gen_batch = 0                # motions generated at a time; 0 is 64 on a CPU, 25
 config = configure(globals(), shared=True)
 # -----------------------------------------------------------------------------
 REAL, TOKENIZER, BASE, FULL = 'real motion', 'tokenizer', 'base tokens only', 'full'
+COLUMNS = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm',
+           'accel m/s2', 'detectors', '1 action', '2 actions', '3 actions']
 out_dir = out_dir or os.path.join('out', data)
 folder = os.path.join('data', data)
 decoding = decoding_of(config)
 run = setup(device, dtype, seed)
 gen_batch = gen_batch or (64 if run.device == 'cpu' else 256)
-if 0 < max_clips < 32:
-    raise UserError(f'max_clips is {max_clips}, expected at least 32, or 0 for all clips: '
-                    'R-precision compares 32 motions.')
 if sweep and dynamics:
     raise UserError('sweep and dynamics cannot be combined: run them one after the other.')
 result_path = eval_json or os.path.join(out_dir, f'eval_{data}_{split}.json')
@@ -75,33 +73,26 @@ meta, _, _ = load_meta(folder)
 skeleton = SKELETONS[meta['skeleton']]
 test = Clips(folder, split)
 captions = test.split.captions
-if len(test) < 32:
-    raise UserError(f'{folder} has {len(test)} {split} clips with captions, but the protocol needs '
-                    'at least 32.')
+if min(len(test), max_clips or len(test)) < 32:
+    raise UserError(f'{folder} has {len(test)} {split} clips with captions and max_clips is '
+                    f'{max_clips}, expected at least 32 clips: R-precision compares 32 motions.')
 
 # model
-vq_path = os.path.join(out_dir, 'vq.pt')
-mask_path = os.path.join(out_dir, mask_file)
-no_mask = mask_file == 'mask.pt' and not os.path.exists(mask_path)
-if init_from == 'checkpoint' and no_mask and os.path.exists(vq_path):
-    say(f'{out_dir} has no {mask_file}: evaluating its tokenizer alone.')
+vq_path, mask_path = (os.path.join(out_dir, name) for name in ('vq.pt', 'mask.pt'))
+may_miss = init_from == 'checkpoint' and mask_file == 'mask.pt' and os.path.exists(vq_path)
+if may_miss and not os.path.exists(mask_path):
+    say(f'{out_dir} has no mask.pt: evaluating its tokenizer alone.')
     pipe = Pipeline(load_tokenizer(vq_path), None, None, None, 'hash', meta, run.device)
 else:
     pipe = open_pipeline(config, data, out_dir, run.device)
 
 # evaluator
 if evaluator == 'official' or init_from == 'momask' and not evaluator:
-    dataset = 'kit' if data == 'kit' else 't2m'
     if not momask_root:
-        raise UserError('The official evaluator needs --momask_root, the folder of the official '
-                        'weights.')
-    judge = momask.evaluator(momask_root, dataset, glove_dir or None)
+        raise UserError('The official evaluator needs --momask_root, the official weights.')
+    judge = momask.evaluator(momask_root, 'kit' if data == 'kit' else 't2m', glove_dir or None)
 else:
-    path = evaluator or os.path.join(out_dir, 'evaluator.pt')
-    if not os.path.exists(path):
-        raise UserError(f'{path} is missing: run `python train_eval.py config/{data}.py` first, or '
-                        f'give --evaluator=out/{data}/evaluator.pt.')
-    judge = Evaluator.load(path, glove_dir or None)
+    judge = Evaluator.load(evaluator or os.path.join(out_dir, 'evaluator.pt'), glove_dir or None)
 if not pipe.vq.config.dim == meta['dim'] == len(judge.mean):
     raise UserError(f"{folder} has {meta['dim']} features, the model {pipe.vq.config.dim}, the "
                     f'evaluator {len(judge.mean)}: they must be of one skeleton.')
@@ -119,7 +110,7 @@ if pipe.mask is not None:
     c, role = pipe.encode_text([caption['text'] for caption in captions], folder)
 if pipe.res is not None:
     rows.append(FULL)
-draws = []   # with dynamics: embeddings and strata of the repeats that are not pooled yet
+to_pool = []   # embeddings and strata of the repeats whose FID is not computed yet (--dynamics)
 
 
 def draw_clips(repeat):
@@ -133,42 +124,37 @@ def draw_clips(repeat):
 
 def reconstruct(motions):
     """Features through the tokenizer and back; motions of the same length share a batch."""
-    out = [None] * len(motions)
+    out = {}
     for group in equal_lengths([len(motion) for motion in motions]):
         x = torch.from_numpy(np.stack([motions[i] for i in group])).to(run.device)
         y = pipe.vq.decode(pipe.vq.encode(pipe.vq.normalize(x)))
-        for i, motion in zip(group, pipe.vq.denormalize(y).cpu().numpy()):
-            out[i] = motion
-    return out
+        out.update(zip(group.tolist(), pipe.vq.denormalize(y).cpu().numpy()))
+    return [out[i] for i in range(len(motions))]
 
 
 def generate(chosen, frames, seed):
-    """captions (b,), frames (b,) -> {row: list of b features}, both rows with the same base tokens.
-    """
+    """captions (b,), frames (b,) -> {row: b features}, all rows with the same base tokens."""
     if pipe.mask is None:
         return {}
     n = frames // FRAMES_PER_TOKEN
     with run.autocast():
         ids = pipe.generate(c[chosen], role[chosen], n, seed, **decoding)
     progress.update(len(n))
-    generated = {BASE: pipe.features(ids[..., :1], n)}
-    if FULL in rows:
-        generated[FULL] = pipe.features(ids, n)
-    return generated
+    tokens = {BASE: ids[..., :1], FULL: ids}
+    return {row: pipe.features(tokens[row], n) for row in rows[2:]}
 
 
 def foot_heights():
     """Heights of the four foot joints in contact with the floor, in metres: the 95th percentile
     over all contact frames of the real clips, (4,)."""
-    heights = [[], [], [], []]
     every = torch.arange(len(test))
     _, first, frames = test.draw(every, torch.Generator().manual_seed(0), crop=False)
-    for motion in test.features(first, frames):
-        joints = features_to_joints(motion, meta['n_joints']) / meta['units_per_metre']
-        for foot, joint in enumerate(skeleton.feet):
-            heights[foot].append(joints[motion[:, foot - 4] > 0.5, joint, 1])
-    heights = [np.concatenate(h) for h in heights]
-    return np.array([np.percentile(h, 95) if len(h) else 0.0 for h in heights])
+    motions = test.features(first, frames)
+    joints = np.concatenate([features_to_joints(x, meta['n_joints']) for x in motions])
+    heights = joints[:, list(skeleton.feet), 1] / meta['units_per_metre']
+    contact = np.concatenate(motions)[:, -4:] > 0.5
+    return np.array([np.percentile(height[down], 95) if down.any() else 0.0
+                     for height, down in zip(heights.T, contact.T)])
 
 
 def look(joints, caption):
@@ -200,43 +186,42 @@ def one_repeat(repeat):
     """-> {row: {metric: value}}"""
     chosen, first, frames = draw_clips(repeat)
     rng = np.random.default_rng([seed, repeat])
-    emb = {row: np.zeros((len(chosen), judge.config['out'])) for row in rows}
+    emb = {row: np.empty((len(chosen), judge.config['out'])) for row in rows}
     joints = {row: [None] * len(chosen) for row in rows}
-    facts = {row: [None] * len(chosen) for row in rows}
     for pick in by_length(frames, gen_batch):
         real = test.features(first[pick], frames[pick])
         motions = {REAL: real, TOKENIZER: reconstruct(real)}
         batch_seed = (seed + repeat) * 100_003 + int(pick[0])
-        motions.update(generate(chosen[pick], frames[pick], batch_seed))
+        motions |= generate(chosen[pick], frames[pick], batch_seed)
         for row in rows:
             emb[row][pick] = judge.embed_motion(motions[row], frames[pick]).numpy()
             for i, motion in zip(pick.tolist(), motions[row]):
                 joints[row][i] = features_to_joints(motion, meta['n_joints'])
-                facts[row][i] = look(joints[row][i], captions[chosen[i]])
 
     result = {row: {} for row in rows}
-    for row in rows:
+    for row, figures in result.items():
         if text_emb is not None:
             texts = text_emb[chosen]
-            result[row].update(zip(('R@1', 'R@2', 'R@3'), r_precision(texts, emb[row])))
-            result[row]['MM-Dist'] = mm_dist(texts, emb[row])
-        result[row]['FID'] = fid(emb[REAL], emb[row])
-        result[row]['Diversity'] = diversity(emb[row], rng=rng)
-        for fact in dict.fromkeys(key for clip in facts[row] for key in clip):
-            values = [clip[fact] for clip in facts[row] if fact in clip]
-            result[row][fact] = np.nan if np.isnan(values).all() else np.nanmean(values)
+            figures.update(zip(('R@1', 'R@2', 'R@3'), r_precision(texts, emb[row])))
+            figures['MM-Dist'] = mm_dist(texts, emb[row])
+        figures['FID'] = fid(emb[REAL], emb[row])
+        figures['Diversity'] = diversity(emb[row], rng=rng)
+        facts = [look(clip, captions[i]) for clip, i in zip(joints[row], chosen)]
+        for fact in dict.fromkeys(key for clip in facts for key in clip):
+            values = [clip[fact] for clip in facts if fact in clip]
+            figures[fact] = np.nan if np.isnan(values).all() else np.nanmean(values)
     error = [mpjpe(ours, real).mean() for ours, real in zip(joints[TOKENIZER], joints[REAL])]
     result[TOKENIZER]['MPJPE mm'] = 1000 * np.mean(error) / meta['units_per_metre']
     if mm_batches and pipe.mask is not None:
         for row, value in measure_multimodality(chosen, frames, repeat, rng).items():
             result[row]['MModality'] = value
     if strata or dynamics:
-        parts = clip_strata([captions[i]['text'] for i in chosen], joints[REAL])
-        if strata:
-            for row, fids in strata_fids([(emb, parts)]).items():
-                result[row].update(fids)
+        drawn = emb, clip_strata([captions[i]['text'] for i in chosen], joints[REAL])
         if dynamics:
-            draws.append((emb, parts))
+            to_pool.append(drawn)
+        if strata:
+            for row, fids in strata_fids([drawn]).items():
+                result[row].update(fids)
     return result
 
 
@@ -269,16 +254,17 @@ def conditional(model, ids, c, role, valid):
 
 def token_errors():
     """`error_by_speed` of the masked transformer, on the clips of the first repeat."""
-    judged_by, text = pipe, (c, role)   # the model that decides which tokens are masked
+    model, text = pipe.mask, (c, role)
+    judged_by, its_text = model, text   # the model that decides which tokens are masked
     if confidence_of:
-        judged_by = load_pipeline(os.path.dirname(confidence_of) or '.', run.device,
-                                  os.path.basename(confidence_of))
-        if judged_by.vq.fingerprint() != pipe.vq.fingerprint():
+        place, name = os.path.split(confidence_of)
+        other = load_pipeline(place or '.', run.device, name)
+        if other.vq.fingerprint() != pipe.vq.fingerprint():
             raise UserError(f'{confidence_of} was trained on another tokenizer than the model.')
-        text = judged_by.encode_text([caption['text'] for caption in captions], folder)
+        judged_by = other.mask
+        its_text = other.encode_text([caption['text'] for caption in captions], folder)
 
     chosen, first, frames = draw_clips(0)
-    model = pipe.mask
     batches = []
     for pick in by_length(frames, gen_batch):
         n = frames[pick] // FRAMES_PER_TOKEN
@@ -291,13 +277,13 @@ def token_errors():
         ids, speed = ids.to(run.device), speed.to(run.device)
         valid = torch.arange(ids.shape[1], device=run.device) < n.to(run.device)[:, None]
         f, _ = model.spectrum(torch.where(valid, ids, model.PAD))
+        own, others = ([part[chosen[pick]].to(run.device) for part in x] for x in (text, its_text))
         all_masked = torch.full_like(ids, model.MASK)
-        own, others = ([part[chosen[pick]].to(run.device) for part in x] for x in ((c, role), text))
         batches.append(dict(
             ids=ids, valid=valid, speed=speed, text=own,
             omega=msd.complexity(f, model.config.omega),
             velocity=msd.speed(ids, model.gram(), valid),
-            confidence=conditional(judged_by.mask, all_masked, *others, valid).amax(-1)))
+            confidence=conditional(judged_by, all_masked, *others, valid).amax(-1)))
     return error_by_speed(
         batches, lambda batch, ids: conditional(model, ids, *batch['text'], batch['valid']),
         model.MASK, seed)
@@ -319,25 +305,20 @@ def swept():
 def summarize(results):
     """-> {row: {metric: (mean, half the 95% interval)}}, over the repeats that have the metric: a
     small set may have no clip with three actions."""
-    summary = {}
-    for row in results[0]:
-        summary[row] = {}
+    summary = {row: {} for row in results[0]}
+    for row, figures in summary.items():
         for metric in dict.fromkeys(key for result in results for key in result[row]):
             values = [result[row][metric] for result in results if metric in result[row]]
-            mean, half = interval(values)
-            summary[row][metric] = (float(mean), float(half))
+            figures[metric] = interval(values)
     return summary
 
 
 def show(summary, columns, repeats):
     """Print columns of a summary, without intervals if it is of one repeat."""
-    columns = [name for name in columns if any(name in metrics for metrics in summary.values())]
-    body = []
-    for row, metrics in summary.items():
-        cells = [metrics.get(name) for name in columns]
-        texts = [f'{cell[0]:.3f}' + f' ±{cell[1]:.3f}' * (repeats > 1) if cell else ''
-                 for cell in cells]
-        body.append([row, *texts])
+    columns = [name for name in columns if any(name in figures for figures in summary.values())]
+    form = '{:.3f} ±{:.3f}' if repeats > 1 else '{:.3f}'
+    body = [[row, *(form.format(*figures[name]) if name in figures else '' for name in columns)]
+            for row, figures in summary.items()]
     say(table(['', *columns], body) + '\n')
 
 
@@ -348,44 +329,38 @@ per_repeat = n_clips + 30 * min(32 * mm_batches, n_clips)
 progress = tqdm(total=len(values) * repeats * per_repeat, desc='generated', mininterval=1,
                 unit=' motions', disable=pipe.mask is None)
 standing_height = foot_heights()
-per_fid, pooled_fids = max(1, min(pooled, repeats)), []
-summary = {}
+summary, pooled_fids, pooled = {}, [], min(max(1, pooled), repeats)
 for value in values:
     decoding[name] = value
     results = []
     for repeat in range(repeats):
         results.append(one_repeat(repeat))
-        if dynamics and len(draws) == per_fid:
-            pooled_fids.append(strata_fids(draws))
-            draws.clear()
+        if dynamics and len(to_pool) == pooled:
+            pooled_fids.append(strata_fids(to_pool))
+            to_pool.clear()
     found = summarize(results)
-    if sweep:
-        found = {f'{name} {value}': found[rows[-1]]}
-    summary.update(found)
+    summary |= {f'{name} {value}': found[rows[-1]]} if sweep else found
 progress.close()
 
 extra = {}
 if dynamics:
-    extra = dict(pooled=summarize(pooled_fids), repeats_pooled=per_fid)
+    extra = dict(pooled=summarize(pooled_fids), repeats_pooled=pooled)
     if pipe.mask is not None:
         extra['tokens'] = token_errors()
 seconds = time.perf_counter() - clock
 write_results(result_path, rows=summary, **extra, val=pipe.val, settings=config, clips=n_clips,
               seconds=seconds, device=run.device, per_repeat=results)
 
-interval_note = '; mean ± 95% interval' if repeats > 1 else ''
-counted = f'{repeats} repeats' if repeats > 1 else '1 repeat'
-say(f'\n{data} {split}, {n_clips} clips, {counted}, {steps} steps, guidance '
-    f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}{interval_note}\n')
-columns = ['R@1', 'R@2', 'R@3', 'FID', 'MM-Dist', 'Diversity', 'MModality', 'MPJPE mm', 'slide cm',
-           'accel m/s2', 'detectors', '1 action', '2 actions', '3 actions']
-show(summary, columns, repeats)
-of_strata = [name for name in next(iter(summary.values())) if name.startswith('FID ')]
-if of_strata:
-    show(summary, [*of_strata, 'dynamic / static'], repeats)
+note = f'{repeats} repeats, mean ± 95% interval' if repeats > 1 else '1 repeat'
+say(f'\n{data} {split}, {n_clips} clips, {note}; {steps} steps, guidance '
+    f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}\n')
+strata_columns = [f'FID {name}' for name in STRATA] + ['dynamic / static']
+show(summary, COLUMNS, repeats)
+if strata:
+    show(summary, strata_columns, repeats)
 if dynamics:
-    say(f'With the embeddings of {per_fid} repeats pooled:')
-    show(extra['pooled'], [*extra['pooled'][REAL], 'dynamic / static'], len(pooled_fids))
+    say(f'FID of strata, {pooled} x {n_clips} embeddings pooled:')
+    show(extra['pooled'], strata_columns, len(pooled_fids))
 if 'tokens' in extra:
     say('Cross-entropy of masked base tokens by joint speed, and rank correlations (rho) with it:')
     columns = list(next(iter(extra['tokens'].values())))

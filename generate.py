@@ -10,20 +10,27 @@ B prompts, N tokens of the longest, V codes. Text is c (B, m, 512) with role (B,
 """
 import math
 import os
+import re
 
+import numpy as np
 import torch
 
 import hgm3
 import momask
 import msd
+from lib.bvh import fit_rotations
 from lib.configurator import UserError
 from lib.data import FRAMES_PER_TOKEN, equal_lengths
-from lib.motion import SKELETONS
-from lib.runtime import config_from, load, load_weights
-from lib.text import caption_vectors, tagged
+from lib.motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
+from lib.runtime import config_from, load, load_weights, read_json
+from lib.takes import read_take
+from lib.text import FUNCTION_WORDS, caption_vectors, stem, tag_table, tagged, words
+from lib.toy_language import LANGUAGE
 from masking import gumbel_like, top_k
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from vq import load_tokenizer
+
+MOST_LETTERS = 1000   # of a prompt that the scripts accept
 
 # ---------------------------------------------------------------------------- sampling and guidance
 
@@ -78,10 +85,11 @@ def decoding_of(config):
 @torch.no_grad()
 def generate_base(model, c, role, n, known=None, steps=10, cond_scale=4.0, top_share=0.1,
                   temperature=1.0, anneal=0.0, das_sampling=False, lambda_D=0.5, beta=0.5,
-                  sigma_max=0.5, msd_decode='kept', generator=None):
+                  sigma_max=0.5, msd_decode='kept', generator=None, trace=None):
     """Algorithm 2. c (B, m, 512), role (B, m), n (B,) tokens wanted -> ids (B, N) with [PAD] behind
     the end of each row, where N is the largest n. known (B, N): tokens that are given and never
-    masked, -1 where one is wanted. The other settings are explained in config/decoding.py.
+    masked, -1 where one is wanted. trace: a list to which each step appends its confidence in the
+    tokens (B, N) that it fills in, NaN elsewhere. Other settings: config/decoding.py.
 
     Each step predicts all masked tokens, then masks the least confident ones again, fewer every
     time. Nothing in the loop waits for a GPU.
@@ -123,6 +131,8 @@ def generate_base(model, c, role, n, known=None, steps=10, cond_scale=4.0, top_s
         ids = torch.where(masked, sampled, ids)
 
         confidence = log_p.gather(-1, sampled[..., None])[..., 0]
+        if trace is not None:
+            trace.append(torch.where(masked, confidence.exp(), torch.nan))
         if das_sampling:
             sigma = sigma_max * b                                        # Eq 19 (repeated as Eq 21)
             confidence = confidence + sigma * gumbel_like(confidence, generator)
@@ -168,7 +178,7 @@ class Pipeline:
         self.vq, self.mask, self.res, self.length = networks
         self.text_encoder = text_encoder
         self.text = text
-        self.tags = tags       # text 'graph': the part of speech of each word
+        self.tags = tags       # the part of speech of each word; see `read_tags`
         self.sentence_only = set()   # 'res', 'len': networks that read the sentence vector alone
         self.meta = meta
         self.val = None        # validation cross-entropy of the masked transformer
@@ -184,6 +194,33 @@ class Pipeline:
             tokens = [tagged(prompt, self.tags) for prompt in prompts]
         return caption_vectors(prompts, self.text_encoder, self.text, tokens, cache or self.cache,
                                self.device)
+
+    def check_prompt(self, prompt):
+        """UserError for a prompt that is empty, too long, or that the text encoder cannot read."""
+        if not re.search(r'\w', prompt) or len(prompt) > MOST_LETTERS:
+            raise UserError(f"the prompt '{prompt:.30}' is empty, or longer than {MOST_LETTERS} "
+                            'characters: say what the person does, as in "a person walks".')
+        if self.text_encoder == 'hash' and not words(prompt):
+            raise UserError(f"'{prompt:.60}': I only read English letters.")
+
+    def read_tags(self):
+        """The tags of the training captions by word stem: of the checkpoint if it was trained on
+        graphs, otherwise of the data set, and none where that is missing."""
+        path = os.path.join('data', self.meta['name'], 'train_captions.json')
+        if self.tags is None and os.path.exists(path):
+            captions = read_json(path, 'prepare the data set again')
+            self.tags = tag_table(caption['tokens'] for caption in captions)
+        return self.tags or {}
+
+    def unseen(self, prompt):
+        """A remark that names the words of a prompt that no training caption has, '' if there are
+        none. CLIP knows most words by itself."""
+        tags = self.read_tags() if self.text_encoder == 'hash' else {}
+        new = [word for word in dict.fromkeys(words(prompt))
+               if tags and stem(word) not in tags and word not in FUNCTION_WORDS]
+        known = ', '.join(LANGUAGE['phrases']) if self.meta['name'] == 'toy' else ''
+        known = f'; the toy model knows {known}' if known else ''
+        return f'never seen in training: {", ".join(new)}{known}' if new else ''
 
     @torch.no_grad()
     def lengths(self, c, role, seed=0):
@@ -222,6 +259,23 @@ class Pipeline:
         return generate_residual(self.res, ids, c, role, n, known, res_layers, res_scale,
                                  temperature=res_temperature, generator=g)
 
+    def read_motion(self, path, settings):
+        """A file of motion and how to read it (see lib/takes.py) -> its tokens (T // 4, Q), and
+        notes on how it was read (list of str)."""
+        skeleton, fps = SKELETONS[self.meta['skeleton']], self.meta['fps']
+        take = read_take(path, settings, fps, fps, skeleton)
+        if take.unused:
+            raise UserError(f'--joints has {", ".join(sorted(take.unused))}, which {path} has not: '
+                            'correct these names.')
+        if len(take.joints) <= FRAMES_PER_TOKEN:
+            raise UserError(f'{path} has {len(take.joints)} frames, expected more than '
+                            f'{FRAMES_PER_TOKEN}.')
+        joints = take.joints * skeleton.units_per_metre
+        joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up one
+        features = joints_to_features(joints, skeleton, steady=self.meta.get('steady', False),
+                                      contact_threshold=self.meta.get('contact_threshold'))
+        return self.tokenize(features.astype(np.float32)), take.notes
+
     def tokenize(self, features):
         """The tokens (T // 4, Q) of un-normalized features (T, D)."""
         frames = len(features) // FRAMES_PER_TOKEN * FRAMES_PER_TOKEN
@@ -231,6 +285,16 @@ class Pipeline:
     def decode(self, ids):
         """The un-normalized features (4 n, D) of one motion's tokens (n, q)."""
         return self.features(ids[None], torch.tensor([len(ids)]))[0]
+
+    def joints(self, ids, footlock=False):
+        """The joints (4 n, J, 3) of one motion's tokens (n, q), in the data set's unit. footlock:
+        with bones of constant length, and planted feet that do not slide."""
+        joints = features_to_joints(self.decode(ids), self.meta['n_joints'])
+        if footlock:
+            skeleton = SKELETONS[self.meta['skeleton']]
+            _, _, joints = fit_rotations(joints, skeleton)
+            joints = lock_feet(joints, skeleton, self.meta['fps']).astype(np.float32)
+        return joints
 
     def features(self, ids, n):
         """ids (B, N, q), n (B,) -> un-normalized features, a list of B arrays (4 n_i, D). Motions
@@ -300,9 +364,9 @@ def open_pipeline(config, data, out_dir, device):
     what training wrote into out_dir."""
     if config['init_from'] == 'checkpoint':
         return load_pipeline(out_dir, device, config['mask_file'])
-    dataset = 'kit' if data == 'kit' else 't2m'
-    return official_pipeline(config['momask_root'], dataset, config['text_encoder'],
-                             config['momask_mask'], config['momask_res'], device)
+    return official_pipeline(config['momask_root'], 'kit' if data == 'kit' else 't2m',
+                             config['text_encoder'], config['momask_mask'], config['momask_res'],
+                             device)
 
 
 def official_pipeline(root, dataset='t2m', text_encoder='clip', mask_name='', res_name='',
@@ -334,46 +398,43 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
     found = {}
     for kind, name in (('mask', mask_file), ('res', 'res.pt'), ('len', 'len.pt')):
         path = os.path.join(out_dir, name)
-        if kind != 'mask' and not os.path.exists(path):
-            continue
-        stage = '' if kind == 'mask' else f' --stage={kind}'
-        found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first', kind,
-                           ('config', 'model', 'settings', 'meta', 'vq', 'vq_hash', 'val'))
-        found[kind]['path'] = path
+        if kind == 'mask' or os.path.exists(path):
+            stage = '' if kind == 'mask' else f' --stage={kind}'
+            found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first', kind,
+                               ('config', 'model', 'settings', 'meta', 'vq', 'vq_hash', 'val'))
 
+    # a copied folder has its own vq.pt; a run with --vq=... has the tokenizer elsewhere
     mask = found['mask']
     settings = mask['settings']
+    for vq_path in (os.path.join(out_dir, 'vq.pt'), mask['vq']):
+        if os.path.exists(vq_path) or vq_path == mask['vq']:
+            tokenizer = load_tokenizer(vq_path)
+            if tokenizer.fingerprint() == mask['vq_hash']:
+                break
+
+    networks = dict(mask=None, res=None, len=None)
     for kind, checkpoint in found.items():
+        name = mask_file if kind == 'mask' else f'{kind}.pt'
         own = checkpoint['settings']
         same_encoder = own['text_encoder'] == settings['text_encoder']
         if not same_encoder or own['text'] not in (settings['text'], 'sentence'):
             raise UserError(
-                f'{out_dir}: {kind}.pt was trained with --text_encoder={own["text_encoder"]} '
+                f'{out_dir}: {name} was trained with --text_encoder={own["text_encoder"]} '
                 f'--text={own["text"]}, but {mask_file} with {settings["text_encoder"]} and '
                 f'{settings["text"]}: train one of them again.')
-
-    # a copied folder has its own vq.pt; a run with --vq=... has the tokenizer elsewhere
-    for vq_path in (os.path.join(out_dir, 'vq.pt'), mask['vq']):
-        if os.path.exists(vq_path):
-            tokenizer = load_tokenizer(vq_path)
-            if tokenizer.fingerprint() == mask['vq_hash']:
-                break
-    else:
-        tokenizer = load_tokenizer(vq_path)
-    networks = dict(mask=None, res=None, len=None)
-    for kind, checkpoint in found.items():
         if checkpoint['vq_hash'] != tokenizer.fingerprint():
             raise UserError(
-                f'{out_dir}: {kind}.pt was trained on tokenizer {checkpoint["vq_hash"]}, but '
+                f'{out_dir}: {name} was trained on tokenizer {checkpoint["vq_hash"]}, but '
                 f'{vq_path} is {tokenizer.fingerprint()}: train the transformer again, or put its '
                 'tokenizer back.')
+        path = os.path.join(out_dir, name)
         if kind == 'len':
             longest = checkpoint['meta']['max_frames'] // FRAMES_PER_TOKEN
             network = LengthEstimator(n_out=longest + 1)
         else:
             make = MaskTransformer if kind == 'mask' else ResTransformer
-            network = make(config_from(ModelConfig, checkpoint['config'], checkpoint['path']))
-        load_weights(network, checkpoint['model'], checkpoint['path'])
+            network = make(config_from(ModelConfig, checkpoint['config'], path))
+        load_weights(network, checkpoint['model'], path)
         networks[kind] = network
 
     pipe = Pipeline(tokenizer, networks['mask'], networks['res'], networks['len'],
@@ -384,5 +445,5 @@ def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
     pipe.cache = os.path.join(out_dir, 'text')
     if mask.get('teacher'):
         pipe.teacher = LossPredictor(pipe.mask.config).to(device).eval()
-        load_weights(pipe.teacher, mask['teacher'], mask['path'])
+        load_weights(pipe.teacher, mask['teacher'], os.path.join(out_dir, mask_file))
     return pipe

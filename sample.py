@@ -6,16 +6,18 @@
     python sample.py config/toy.py --prompt="a person jumps" --source=walk.npy --edit=0.4:0.7
     python sample.py config/toy.py --prompt="a person turns" --source=walk.npy --then=sit.npy
     python sample.py --init_from=momask --momask_root=checkpoints --prompt="a man kicks"
-    python sample.py config/toy.py --prompt="a person jumps" --explain=True   # HGM3's graph, MSD
+    python sample.py config/toy.py --prompt="a person jumps" --explain=True   # how it came about
     python sample.py config/bandai.py --msd_of=dataset-1_punch_normal_001   # a picture of its MSD
 
 For every motion, named after its prompt, seed and edit: a GIF to look at (an MP4 too if ffmpeg is
 installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations of a body with constant bone
 lengths as .bvh, in centimetres, and as .glb if pygltflib is installed. Same seed, same motion.
+Lines of a prompt file that cannot be used are reported, and the exit code is then 1.
 """
 import glob
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -31,16 +33,17 @@ from tqdm import tqdm
 import msd
 from generate import decoding_of, open_pipeline
 from lib import text
-from lib.bvh import MAX_FPS, fit_rotations, write_bvh
+from lib.bvh import MAX_FPS, write_bvh
 from lib.configurator import UserError, configure
-from lib.data import FRAMES_PER_TOKEN, load_meta, load_split
+from lib.data import FRAMES_PER_TOKEN, load_split
 from lib.detect import describe, parse, passes
-from lib.draw import draw_explained, draw_gif, draw_grid, draw_msd, draw_strip, gif_to_mp4
+from lib.draw import draw_gif, draw_grid, draw_strip, gif_to_mp4
+from lib.explain import draw_attention, draw_clips, draw_explained
 from lib.gltf import write_glb
-from lib.motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
+from lib.motion import SKELETONS, features_to_joints
+from lib.report import say
 from lib.runtime import must_be_writable, read_text, setup
-from lib.takes import read_take, take_settings
-from vq import load_tokenizer
+from lib.takes import take_settings
 
 # -----------------------------------------------------------------------------
 data = 'toy'
@@ -54,8 +57,8 @@ joints = ''                  # how to read source and then: a json file of joint
 unit = ''                    # m, cm, mm, inch or metres; '' is what fits a body
 up = ''                      # the axis that points up; '' finds it
 root = ''                    # of a BVH file with several roots: a name, or 1, 2 ...
-msd_of = ''                  # draw the MSD of this clip of the data set instead
-explain = False              # also draw the prompt's graph, and what is hard and complex
+msd_of = ''                  # draw the MSD of these clips of the data set instead: a,b,c
+explain = False              # also draw how the motion was filled in, attention, what is complex
 length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
 seed = 0
@@ -76,110 +79,121 @@ if bool(source) != bool(edit or then):
 if fps and not 1 <= fps <= MAX_FPS:
     raise UserError(f'--fps is {fps:g}, expected 1 to {MAX_FPS} frames per second.')
 
+MOST_PARTS = 100       # of one motion
+MOST_MOTIONS = 10_000
+SEAM = 10              # frames before and after a part in which what it asks for may happen
 
-def draw_msd_of(name):
-    """A real clip as a strip of poses, with phi_t (Eq 7) and Omega(t) (Eq 8) of its base tokens
-    -> out_dir/msd_<name>.png"""
-    tokenizer = load_tokenizer(os.path.join(out_dir, 'vq.pt'))
+
+# ------------------------------------------------------------------------------------- explanations
+
+
+def omega_of(f):
+    """Eq 8 (B, n) of a spectrum f (B, n, W), as the model computes it."""
+    return msd.complexity(f, pipe.mask.config.omega)
+
+
+def draw_msd_of(names):
+    """Real clips, with phi_t (Eq 7) and Omega(t) (Eq 8) of their base tokens
+    -> out_dir/msd_<names>.png"""
     folder = os.path.join('data', data)
-    meta, _, _ = load_meta(folder)
-    for split_name in meta['counts']:
-        split = load_split(folder, split_name)
-        where = np.flatnonzero(split.names == name)
-        if len(where):
-            break
-    else:
-        raise UserError(f'data/{data} has no clip named {name}; names look like '
-                        f'{split.names[0]}.')
-    clip = where[0]
-    frames = split.length[clip] // FRAMES_PER_TOKEN * FRAMES_PER_TOKEN
-    features = torch.from_numpy(np.array(split.clip(clip)[:frames]))
-    ids = tokenizer.encode(tokenizer.normalize(features)[None])[..., 0]
-    G = msd.gram(tokenizer.quantizers[0].codebook)
-    f, _ = msd.spectrum(ids, G, torch.ones_like(ids, dtype=torch.bool))
-    phi, omega = msd.descriptor(f), msd.complexity(f)
-    title = name
-    if split.n_captions[clip]:
-        title += f': "{split.captions[split.first_caption[clip]]["text"]}"'
-    positions = features_to_joints(features, meta['n_joints']).numpy()
-    path = os.path.join(out_dir, f'msd_{name}.png')
-    draw_msd(path, title, positions, phi[0].numpy(), omega[0].numpy(), meta['fps'])
+    splits = [load_split(folder, name) for name in pipe.meta['counts']]
+    clips = []
+    for name in names:
+        split = next((split for split in splits if name in split.names), None)
+        if split is None:
+            raise UserError(f'data/{data} has no clip named {name}; names look like '
+                            f'{splits[0].names[0]}.')
+        i = split.names.tolist().index(name)
+        title = name
+        if split.n_captions[i]:
+            title += f': "{split.captions[split.first_caption[i]]["text"]}"'
+        ids = pipe.tokenize(np.array(split.clip(i)))
+        f, _ = pipe.mask.spectrum(ids[None, :, 0])
+        joints = features_to_joints(np.array(split.clip(i)), pipe.meta['n_joints'])
+        clips.append((title, joints, msd.descriptor(f)[0].numpy(), omega_of(f)[0].numpy()))
+    path = os.path.join(out_dir, f'msd_{"_".join(names)[:100]}.png')
+    draw_clips(path, clips, data_fps)
     print(f'written to {path}')
 
 
-def draw_explanation(path, caption, ids, positions):
-    """The prompt's graph, and over time what MSD calls complex in the motion's tokens (n, Q) and
-    what the teacher of hard token mining calls hard (HGM3 Figs 4, 5; DynMask Fig 3)."""
-    if pipe.tags is None:   # not trained on graphs: take the tags of the training captions, once
-        captions = load_split(os.path.join('data', pipe.meta['name']), 'train').captions
-        pipe.tags = text.tag_table(one['tokens'] for one in captions)
+def draw_explanation(name, caption, ids, filled, positions):
+    """How a motion (T, J, 3) of tokens ids (n, Q) came about -> <name>_explained.png: the prompt's
+    graph (HGM3 Fig 5), the step that filled in each token, filled (steps, n) or None, what MSD
+    calls complex and HGM3's teacher hard (HGM3 Fig 4); <name>_attention.png (DynMask Fig 5)."""
     nodes = [('the sentence', text.MOTION, 'motion')]
-    for words, role in text.caption_graph(text.tagged(caption, pipe.tags)):
+    for words, role in text.caption_graph(text.tagged(caption, pipe.read_tags())):
         edge = 'action' if role == text.ACTION else text.EDGES[role - text.FIRST_EDGE]
         nodes.append((words, min(role, 3), edge))
 
     base = ids[None, :, 0]
     everything = torch.ones_like(base, dtype=torch.bool)
-    f, _ = msd.spectrum(base, msd.gram(pipe.vq.quantizers[0].codebook), everything)
-    omega = msd.zscore(msd.complexity(f), everything)[0].cpu()
+    f, seen = pipe.mask.spectrum(base)
+    omega = msd.zscore(omega_of(f), everything)[0].cpu()
+    c, role = (x.to(pipe.device) for x in pipe.encode_text([caption]))
     hard = None
     if pipe.teacher:
-        c, role = pipe.encode_text([caption])
-        hard = pipe.teacher(base, c.to(pipe.device), role.to(pipe.device), everything)
-        hard = msd.zscore(hard, everything)[0].detach().cpu()
-    draw_explained(path, caption, nodes, positions, omega, hard, data_fps)
+        hard = msd.zscore(pipe.teacher(base, c, role, everything), everything)[0].cpu()
+    draw_explained(f'{name}_explained.png', caption, nodes, positions, filled, omega, hard,
+                   data_fps)
+
+    maps = []
+    hooks = [layer.attn.weights.register_forward_hook(lambda _, inputs, A: maps.append(A[0]))
+             for layer in pipe.mask.trunk.layers]
+    pipe.mask(base, c, role, everything, spectrum=(f, seen))
+    for hook in hooks:
+        hook.remove()
+    qs, ks = msd.prior_qk(msd.descriptor(f), seen)
+    shown = [('z(S) of Eq 13', (qs @ ks.mT)[0].cpu())]
+    if maps:   # on a GPU attention never forms its matrix
+        A = torch.stack(maps).mean((0, 1))[-len(ids):, -len(ids):]
+        shown.insert(0, ('attention, mean of layers and heads', A))
+    draw_attention(f'{name}_attention.png', caption, shown)
 
 
 # --------------------------------------------------------------------------- reading what is asked
 
 
-def read_parts(line, where):
+def read_parts(line):
     """'text | text#frames' -> [(text, frames)], the parts of one motion. 0 frames, also for #NA,
     asks the length estimator."""
     parts = []
     for part in line.split('|'):
         words, mark, frames = (field.strip() for field in part.partition('#'))
         if mark and not re.fullmatch('[0-9]{1,5}|NA', frames, re.IGNORECASE):
-            raise UserError(f"{where}: '{frames:.60}' behind # is not a number of frames; expected "
+            raise UserError(f"'{frames:.60}' behind # is not a number of frames; expected "
                             'text#frames or text#NA.')
-        if not re.search(r'\w', words):
-            raise UserError(f'{where}: the prompt is empty: give --prompt="a person walks forward" '
-                            'or --prompts=file.txt.')
-        if mark:
-            frames = int(frames) if frames.isdecimal() else 0
-        parts.append((words, frames if mark else length))
+        frames = length if not mark else int(frames) if frames.isdecimal() else 0
+        if frames and not FRAMES_PER_TOKEN <= frames <= longest:
+            raise UserError(f"the length of '{words:.60}' is {frames} frames, expected 4 to "
+                            f'{longest} ({longest / data_fps:.1f} s at {data_fps} fps), or 0 to '
+                            'let the length estimator choose; longer motion is made of parts: '
+                            '--prompt="walk | turn | sit".')
+        pipe.check_prompt(words)
+        parts.append((words, frames))
+    most = 1 if source else MOST_PARTS
+    if len(parts) > most:
+        raise UserError(f'{len(parts)} parts, expected at most {most} (an edit takes one).')
     return parts
 
 
 def read_prompts():
-    """-> a list of motions, each a list of parts."""
-    jobs = [read_parts(prompt, '--prompt')] if prompt or not prompts else []
+    """-> the motions to make, each a list of parts, and what is wrong with the other lines."""
+    lines = {'--prompt': prompt} if prompt or not prompts else {}
     if prompts:
-        lines = read_text(prompts, 'expected a text file with one prompt a line, as text or '
-                                   'text#frames').splitlines()
-        jobs += [read_parts(line, f'{prompts}, line {number}')
-                 for number, line in enumerate(lines, 1) if line.strip()]
-    if not jobs:
-        raise UserError(f'{prompts} holds no prompt: expected one a line.')
-    return jobs
-
-
-def read_source(path):
-    """A file of motion (see lib/takes.py) -> its tokens (T // 4, Q)."""
-    take = read_take(path, reading, data_fps, data_fps, skeleton)
-    if take.unused:
-        raise UserError(f'{joints} has {", ".join(sorted(take.unused))}, which {path} has not: '
-                        'correct these names.')
-    print(f'{path}: {"; ".join(take.notes)}')
-    if len(take.joints) <= FRAMES_PER_TOKEN:
-        raise UserError(f'{path} has {len(take.joints)} frames, expected more than '
-                        f'{FRAMES_PER_TOKEN}.')
-    positions = take.joints * skeleton.units_per_metre
-    last_step = positions[-1:] - positions[-2:-1]
-    positions = np.concatenate([positions, positions[-1:] + last_step])   # features use up a frame
-    features = joints_to_features(positions, skeleton, steady=pipe.meta.get('steady', False),
-                                  contact_threshold=pipe.meta.get('contact_threshold'))
-    return pipe.tokenize(features.astype(np.float32))
+        content = read_text(prompts, 'expected one prompt a line, as text or text#frames')
+        lines |= {f'{prompts}, line {number}': line
+                  for number, line in enumerate(content.splitlines(), 1) if line.strip()}
+    jobs, problems = [], []
+    for where, line in lines.items():
+        try:
+            jobs.append(read_parts(line))
+        except UserError as error:
+            problems.append(f'{where}: {error}')
+    n = sum(map(len, jobs)) * repeats
+    if not 0 < n <= MOST_MOTIONS:
+        raise UserError(problems[0] if problems and not n else f'{prompts or "--prompt"} asks for '
+                        f'{n} motions, expected 1 to {MOST_MOTIONS}.')
+    return jobs, problems
 
 
 def read_spans(spans, n):
@@ -202,38 +216,61 @@ def read_spans(spans, n):
 
 
 def edited(jobs):
-    """Motions of one part each -> tokens, a list of (n, Q): those of `source`, regenerated where
-    `edit` says, or continued up to `then`."""
-    ids = read_source(source)
-    following = read_source(then) if then else ids[:0]
+    """Motions of one part each -> for each its tokens (n, Q), those of `source`, regenerated where
+    `edit` says or continued up to `then`; the tokens [(first, end)] that its prompt is for; None.
+    """
+    takes = {path: pipe.read_motion(path, reading) for path in (source, then) if path}
+    for path, (_, notes) in takes.items():
+        print(f'{path}: {"; ".join(notes)}')
+    ids = takes[source][0]
+    following = takes[then][0] if then else ids[:0]
     results = []
-    for i, [(words, frames), *_] in enumerate(jobs):
+    for i, [(words, frames)] in enumerate(jobs):
         spans = read_spans(edit, len(ids)) if edit else []
         wanted = frames // FRAMES_PER_TOKEN or 10 if then else 0
         if then:
             spans.append((len(ids), len(ids) + wanted))
         whole = torch.cat([ids, ids[-1:].expand(wanted, -1), following])
-        results.append(pipe.edit(whole, spans, words, seed + i, **decoding))
+        results.append((pipe.edit(whole, spans, words, seed + i, **decoding), spans, None))
     return results
 
 
 def generated(jobs):
-    """Motions in parts -> their tokens, a list of (n, Q): all parts at once, then joined."""
+    """Motions in parts -> for each its tokens (n, Q); those of each part [(first, end)]; and the
+    confidence of each step in the tokens that it filled in (steps, n). All parts are generated at
+    once, then joined."""
     parts = [part for job in jobs for part in job]
     c, role = pipe.encode_text([words for words, _ in parts])
     n = torch.tensor([frames // FRAMES_PER_TOKEN for _, frames in parts])
     if not n.all():
         n = torch.where(n > 0, n, pipe.lengths(c, role, seed).cpu())
-    tokens = []
+    tokens, filled = [], []
     for i in range(0, len(parts), 64):
         part = slice(i, i + 64)
-        ids = pipe.generate(c[part], role[part], n[part], seed + i, **decoding)
-        tokens += [row[:k] for row, k in zip(ids, n[part].tolist())]
-    motions = []
+        trace = []
+        ids = pipe.generate(c[part], role[part], n[part], seed + i, trace=trace, **decoding)
+        confidence = torch.stack(trace, 1).cpu()   # (B, steps, N)
+        for row, steps, k in zip(ids, confidence, n[part].tolist()):
+            tokens.append(row[:k])
+            filled.append(steps[:, :k])
+    results = []
+    first = 0
     for job in jobs:
-        own, tokens = tokens[:len(job)], tokens[len(job):]
-        motions.append(pipe.join(own, [words for words, _ in job], seed, **decoding))
-    return motions
+        own = slice(first, first + len(job))
+        ends = np.cumsum([0, *map(len, tokens[own])]).tolist()
+        ids = pipe.join(tokens[own], [words for words, _ in job], seed, **decoding)
+        results.append((ids, list(zip(ends, ends[1:])), torch.cat(filled[own], 1)))
+        first += len(job)
+    return results
+
+
+def gif_caption(job, spans):
+    """The text of a motion of one part; otherwise [(text, first, end)] in frames, for draw_gif."""
+    if len(job) == 1 and not source:
+        return job[0][0]
+    pairs = itertools.zip_longest(job, spans, fillvalue=job[0])
+    return [(words, FRAMES_PER_TOKEN * first, FRAMES_PER_TOKEN * end)
+            for (words, _), (first, end) in pairs]
 
 
 def file_name(number, caption, positions):
@@ -260,60 +297,59 @@ def file_name(number, caption, positions):
     return candidate
 
 
-def report(caption, positions):
-    """Print what a toy prompt asks for and what the detectors see in the motion -> whether they
-    agree, None if the prompt is outside the toy grammar."""
-    script = parse(caption)
-    saw = ', '.join(describe(positions)) or 'nothing'
-    if script is None:
-        print(f"not counted '{caption}': outside the toy set's grammar; seen: {saw}")
+def report(job, spans, positions):
+    """Print what a toy motion was asked for and what the detectors see in it -> whether every part
+    [(text, frames)] is seen in its span of tokens (first, end), None if a part is outside the toy
+    grammar or has a number, which nothing here counts."""
+    caption = ' | '.join(words for words, _ in job)
+    seen = f'seen: {", ".join(describe(positions)) or "nothing"}'
+    scripts = [None if re.search(r'\d', words) else parse(words) for words, _ in job]
+    if None in scripts:
+        outside = job[scripts.index(None)][0]
+        say(f"not counted '{caption}': '{outside}' cannot be checked; {seen}")
         return None
-    done = passes(positions, script)
-    print(f"{'as asked   ' if done else 'NOT AS ASKED'} '{caption}'; seen: {saw}")
-    return done
+    wrong = []
+    for (first, end), script in itertools.zip_longest(spans, scripts, fillvalue=scripts[0]):
+        around = slice(max(0, FRAMES_PER_TOKEN * first - SEAM), FRAMES_PER_TOKEN * end + SEAM)
+        if not passes(positions[around], script):
+            wrong.append(f'{first * FRAMES_PER_TOKEN}:{end * FRAMES_PER_TOKEN}')
+    where = f' (frames {", ".join(wrong)})' if wrong and len(spans) > 1 else ''
+    say(f"{'NOT AS ASKED' if wrong else 'as asked   '} '{caption}'{where}; {seen}")
+    return not wrong
 
 
-if msd_of:
-    draw_msd_of(msd_of)
-    sys.exit()
-jobs = read_prompts()
+torch.set_grad_enabled(False)
 run = setup(device, dtype, seed)
 pipe = open_pipeline(config, data, out_dir, run.device)
 skeleton = SKELETONS[pipe.meta['skeleton']]
+longest, data_fps = pipe.meta['max_frames'], pipe.meta['fps']
+if msd_of:
+    draw_msd_of(msd_of.split(','))
+    sys.exit()
+jobs, problems = read_prompts()
 folder = samples_dir or os.path.join(out_dir, 'samples')
 must_be_writable(os.path.join(folder, 'grid.gif'))
-longest, data_fps = pipe.meta['max_frames'], pipe.meta['fps']
-for words, frames in (part for job in jobs for part in job):
-    if frames and not FRAMES_PER_TOKEN <= frames <= longest:
-        raise UserError(f"The length of '{words}' is {frames} frames, expected 4 to {longest} "
-                        f'({longest / data_fps:.1f} s at {data_fps} fps), or 0 to let the length '
-                        'estimator choose; longer motion is made of parts: '
-                        '--prompt="walk | turn | sit".')
 
 # motion
 clock = time.perf_counter()
 jobs = [job for job in jobs for _ in range(repeats)]
 captions = [' | '.join(words for words, _ in job) for job in jobs]
 with run.autocast():
-    tokens = edited(jobs) if source else generated(jobs)
-motions = [pipe.decode(ids) for ids in tokens]
+    results = edited(jobs) if source else generated(jobs)
+motions = [pipe.joints(ids, footlock) for ids, *_ in results]   # in the data set's unit
 print(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')
 
 # files
 warnings.filterwarnings('ignore', 'Glyph .* missing')   # captions in scripts that a font lacks
 with_glb = importlib.util.find_spec('pygltflib')
-drawn = []
-for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
-    positions = features_to_joints(features, pipe.meta['n_joints'])   # in the data set's unit
-    if footlock:
-        _, _, positions = fit_rotations(positions, skeleton)   # bones of constant length
-        positions = lock_feet(positions, skeleton, data_fps).astype(np.float32)
+gif_captions = [gif_caption(job, spans) for job, (_, spans, _) in zip(jobs, results)]
+for i, positions in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     name = file_name(i, captions[i], positions)
     np.save(name + '.npy', positions)
     write_bvh(name + '.bvh', positions, skeleton, data_fps, fps)
     draw_strip(positions, name + '.png', captions[i])
-    draw_gif(positions, name + '.gif', captions[i], data_fps)
+    draw_gif(positions, name + '.gif', gif_captions[i], data_fps)
     suffixes = 'gif, bvh, npy, png'
     if with_glb:
         write_glb(name + '.glb', positions, skeleton, data_fps, fps)
@@ -321,16 +357,28 @@ for i, features in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     if gif_to_mp4(name + '.gif'):
         suffixes += ', mp4'
     if explain:
-        draw_explanation(name + '_explained.png', captions[i], tokens[i], positions)
-    drawn.append((captions[i], positions))
+        ids, _, filled = results[i]
+        draw_explanation(name, captions[i], ids, filled, positions)
     if i == 0:
         grid = os.path.join(folder, f'grid_{os.path.basename(name)}.gif')
-if pipe.meta['name'] == 'toy':
-    verdicts = [report(*motion) for motion in drawn]
-    counted = [verdict for verdict in verdicts if verdict is not None]
-    print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
 others = ''
-if len(drawn) > 1:
-    draw_grid(drawn[:9], grid)
+if len(motions) > 1:
+    draw_grid(list(zip(gif_captions, motions))[:9], grid)
     others = f' and others, the first nine side by side in {os.path.basename(grid)}'
+
+# what came of it
+if pipe.meta['name'] == 'toy':
+    verdicts = [report(job, spans, positions)
+                for job, (_, spans, _), positions in zip(jobs, results, motions)]
+    counted = [verdict for verdict in verdicts if verdict is not None]
+    if counted:
+        print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
+for caption in dict.fromkeys(captions):
+    if pipe.unseen(caption):
+        say(f"'{caption}': {pipe.unseen(caption)}")
+if explain and not pipe.teacher:
+    print("no curve of what is 'hard': this model was trained without HGM3's teacher "
+          '(--mask_by=loss)')
 print(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')
+if problems:
+    sys.exit('\n'.join(f'{problem} (left out)' for problem in problems))

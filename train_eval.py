@@ -6,8 +6,7 @@
 Stage 1 trains the movement autoencoder of Guo et al. 2022; stage 2 matches text and motion. Its
 loss is the symmetric cross-entropy of picking the right partner in the batch by Euclidean distance,
 which is what R-precision ranks. (After 300 steps on bandai, top-1 on val is 0.82 to 0.84; with the
-paper's margin loss on one mismatched pair it was 0.65.) A motion is the right partner of a text if
-the text is one of its clip's captions.
+paper's margin loss on one mismatched pair it was 0.65.)
 
 Writes evaluator.pt (best R-precision on val), evaluator_last.pt (for resuming) and evaluator.json,
 the R-precision of real and of mismatched test pairs.
@@ -55,11 +54,11 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 folder = os.path.join('data', data)
 out_dir = out_dir or os.path.join('out', data)
-best_path = os.path.join(out_dir, 'evaluator.pt')
-last_path = os.path.join(out_dir, 'evaluator_last.pt')
+best_path, last_path, json_path = (os.path.join(out_dir, name) for name in (
+    'evaluator.pt', 'evaluator_last.pt', 'evaluator.json'))
 clock = time.time()
 run = setup(device, dtype, seed)   # also seeds the weights
-must_be_writable(os.path.join(out_dir, 'evaluator.json'))
+must_be_writable(json_path)
 generator = torch.Generator().manual_seed(seed)   # of clips, captions and crops
 
 # data
@@ -82,32 +81,29 @@ def draw(clips, size, generator, crop):
 
 
 def training_batch():
-    """Cropped clips -> normalized motion (B, T, D) with zeros after each end, lengths (B,), tokens
-    (B strings), match (B, B), which is 1 where text i is a caption of clip j, and clip numbers."""
+    """Cropped clips -> normalized motion (B, T, D) with zeros after each end, lengths (B,), and
+    captions (B dicts)."""
     motions, captions = draw(train, ev_batch, generator, crop=True)
     x = [model.normalize(torch.from_numpy(motion).to(run.device)) for motion in motions]
     x = F.pad(pad_sequence(x, batch_first=True), (0, 0, 0, 4))
-    lengths = torch.tensor([len(motion) for motion in motions])
-    clip = [caption['clip'] for caption in captions]
-    match = [[caption['text'] in texts_of_clip[j] for j in clip] for caption in captions]
-    tokens = [caption['tokens'] for caption in captions]
-    return x, lengths, tokens, torch.tensor(match).to(x), clip
+    return x, torch.tensor([len(motion) for motion in motions]), captions
 
 
-def all_pairs(clips):
-    """Every clip once, uncropped, in a fixed shuffled order -> motions, texts, tokens."""
-    fixed = torch.Generator().manual_seed(0)
-    motions, captions = draw(clips, len(clips), fixed, crop=False)
-    return motions, [c['text'] for c in captions], [c['tokens'] for c in captions]
+def embed(model, clips):
+    """Every clip once, uncropped, in a fixed shuffled order -> embeddings of captions and motion,
+    each (N, d), and the captions (N str)."""
+    motions, captions = draw(clips, len(clips), torch.Generator().manual_seed(0), crop=False)
+    text = model.embed_text([caption['tokens'] for caption in captions]).numpy()
+    motion = model.embed_motion(motions, [len(x) for x in motions]).numpy()
+    return text, motion, [caption['text'] for caption in captions]
 
 
-def embed(model, motions):
-    return model.embed_motion(motions, [len(motion) for motion in motions]).numpy()
-
-
-def matching_loss(text, motion, match):
-    """text, motion (B, d), match (B, B) -> scalar: cross-entropy in both directions. The target
-    distribution is uniform over all right partners."""
+def matching_loss(text, motion, captions):
+    """text, motion (B, d), captions (B dicts) -> scalar: cross-entropy in both directions. A text
+    is right for all motions whose clips have it as a caption, with equal probability."""
+    match = [[caption['text'] in texts_of_clip[other['clip']] for other in captions]
+             for caption in captions]
+    match = torch.tensor(match).to(text)
     logits = -torch.cdist(text, motion) * log_scale.exp()
     to_motion = (logits.log_softmax(1) * match).sum(1) / match.sum(1)
     to_text = (logits.log_softmax(0) * match).sum(0) / match.sum(0)
@@ -125,7 +121,7 @@ def update(loss, step, steps):
 
 
 def save_last(ae_it, it):
-    """Everything that resuming needs; ae_it and it are the finished steps of the two stages."""
+    """Save what resuming needs; ae_it and it are the finished steps of the two stages."""
     save(dict(kind='evaluator', ae_it=ae_it, it=it, best=best, settings=config,
               model=model.state_dict(), decoder=decoder.state_dict(), log_scale=log_scale.detach(),
               optimizer=optimizer.state_dict(), clip_generator=generator.get_state(),
@@ -143,17 +139,16 @@ decoder = nn.Sequential(
 log_scale = nn.Parameter(torch.zeros((), device=run.device))
 n_parameters = sum(p.numel() for p in model.parameters())
 print(f'{data}: {len(train)} train and {len(val)} val clips, {n_parameters / 1e6:.1f}M parameters')
-
-# start or resume
 ae_it, it, best = 0, 0, -1.0
 if resumed:
-    ae_it, it, best = resumed['ae_it'], resumed['it'], resumed['best']
+    ae_it, it, best = (resumed[key] for key in ('ae_it', 'it', 'best'))
     load_weights(model, resumed['model'], last_path)
     load_weights(decoder, resumed['decoder'], last_path)
     log_scale.data.copy_(resumed['log_scale'])
     generator.set_state(resumed['clip_generator'])
     restore_rng(run, resumed, seed, last_path)
-losses = Losses(lambda clip: train.split.names[clip], 'lower --ev_lr')
+losses = Losses(lambda captions: [train.split.names[caption['clip']] for caption in captions],
+                'lower --ev_lr')
 
 # stage 1: the movement encoder learns to be decodable; the decoder is then discarded
 params = [*model.movement_encoder.parameters(), *decoder.parameters()]
@@ -162,7 +157,7 @@ if resumed and ae_it < ev_ae_steps:
     optimizer.load_state_dict(resumed['optimizer'])
 for step in tqdm(range(ae_it, ev_ae_steps), initial=ae_it, total=ev_ae_steps,
                  desc='1 autoencoder', mininterval=1):
-    x, lengths, _, _, clip = training_batch()
+    x, lengths, captions = training_batch()
     with run.autocast():
         z = model.movement_encoder(x[..., :-4])   # (B, T // 4, code)
         decoded = decoder(z.transpose(1, 2)).transpose(1, 2).float()
@@ -172,33 +167,31 @@ for step in tqdm(range(ae_it, ev_ae_steps), initial=ae_it, total=ev_ae_steps,
     jumps = (z[:, 1:] - z[:, :-1]).abs().mean()
     loss = reconstruction + 1e-3 * z.abs().mean() + 1e-3 * jumps   # Guo et al.'s weights
     update(loss, step, ev_ae_steps)
-    losses.add(step + 1, loss, clip)
-    if step % 20 == 0:
+    losses.add(step + 1, loss, captions)
+    if (step + 1) % ev_eval_every == 0 or step + 1 == ev_ae_steps:
         losses.look()
-    if (step + 1) % ev_eval_every == 0:
+        tqdm.write(f'autoencoder, step {step + 1}: reconstruction {reconstruction.item():.4f}')
         save_last(step + 1, 0)
-    if step + 1 == ev_ae_steps:
-        tqdm.write(f'autoencoder: reconstruction {reconstruction.item():.4f}')
 
 # stage 2: text and motion meet; the weights of the best R-precision on val are kept
 optimizer = torch.optim.AdamW([*model.parameters(), log_scale], weight_decay=ev_weight_decay,
                               betas=(0.9, 0.99))
 if resumed and it > 0:
     optimizer.load_state_dict(resumed['optimizer'])
-motions, texts, tokens = all_pairs(val)
 for step in tqdm(range(it, ev_steps), initial=it, total=ev_steps, desc='2 matching', mininterval=1):
     model.train()
-    x, lengths, captions, match, clip = training_batch()
-    word, tag, n_words = words.embed_captions(captions)
+    x, lengths, captions = training_batch()
+    word, tag, n_words = words.embed_captions([caption['tokens'] for caption in captions])
     with run.autocast():
         text = model.text_encoder(word.to(run.device), tag.to(run.device), n_words)
         motion = model.encode_motion(x, lengths)
-    loss = matching_loss(text.float(), motion.float(), match)
+    loss = matching_loss(text.float(), motion.float(), captions)
     update(loss, step, ev_steps)
-    losses.add(step + 1, loss, clip)
+    losses.add(step + 1, loss, captions)
     if (step + 1) % ev_eval_every == 0 or step + 1 == ev_steps:
         losses.look()
-        top = r_precision(model.embed_text(tokens), embed(model, motions), min(32, len(val)), texts)
+        text, motion, captions = embed(model, val)
+        top = r_precision(text, motion, min(32, len(val)), captions)
         tqdm.write(f'step {step + 1}: loss {loss.item():.3f}, '
                    f'val top-1 {top[0]:.3f} top-2 {top[1]:.3f} top-3 {top[2]:.3f}')
         if top.mean() >= best:
@@ -212,17 +205,15 @@ save({**finished, 'it': ev_steps, 'settings': config}, best_path)
 
 # does it tell right from wrong captions of clips that it has never seen?
 model = Evaluator.load(best_path, glove_dir).to(run.device)
-motions, texts, tokens = all_pairs(test)
-text, real = model.embed_text(tokens).numpy(), embed(model, motions)
-N, batch = len(test), min(32, len(test))
+text, motion, captions = embed(model, test)
+N, n_texts, batch = len(test), len(set(captions)), min(32, len(test))
 wrong = (np.arange(N) + np.random.default_rng(0).integers(1, N, size=N)) % N
-r_real = r_precision(text, real, batch, texts)
-r_wrong = r_precision(text[wrong], real, batch)
+r_real = r_precision(text, motion, batch, captions)
+r_wrong = r_precision(text[wrong], motion, batch)
 seconds = round(time.time() - clock, 1)
-with atomic_write(os.path.join(out_dir, 'evaluator.json'), 'w') as f:
-    json.dump({'data': data, 'clips': N, 'texts': len(set(texts)), 'batch': batch,
-               'r_precision': r_real.tolist(), 'r_precision_shuffled': r_wrong.tolist(),
-               'seconds': seconds}, f, indent=1)
-print(f'{N} test clips, {len(set(texts))} different captions, batches of {batch}\n'
+with atomic_write(json_path, 'w') as f:
+    json.dump(dict(data=data, clips=N, texts=n_texts, batch=batch, r_precision=r_real.tolist(),
+                   r_precision_shuffled=r_wrong.tolist(), seconds=seconds), f, indent=1)
+print(f'{N} test clips, {n_texts} different captions, batches of {batch}\n'
       f'R-precision top-1/2/3: real pairs {r_real.round(3)}, wrong captions {r_wrong.round(3)}\n'
       f'{seconds:.0f} s; written to {best_path}')

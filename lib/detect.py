@@ -34,16 +34,14 @@ def parse(text):
         if len(actions) != 1:
             return None
         action = actions[0]
-        other_words = re.sub(PATTERNS[action], '', clause)
-        if not set(re.findall(r"[a-z']+", other_words)) <= set(LANGUAGE['filler']):
+        words = set(re.findall(r"[a-z']+", re.sub(PATTERNS[action], '', clause)))
+        if not words <= set(LANGUAGE['filler']):
             return None
 
         side = re.search(r'\b(left|right)\b', clause) if action in SIDED else None
-        speed = 'normal'
-        if re.search(r'\bslow', clause):
+        speed = 'fast' if words & {'quick', 'quickly', 'fast'} else 'normal'
+        if words & {'slow', 'slowly'}:
             speed = 'slow'
-        elif re.search(r'\b(quick|fast)', clause):
-            speed = 'fast'
         script.append({'action': action, 'side': side and side[1], 'speed': speed})
     return script or None
 
@@ -64,18 +62,15 @@ class View:
     the floor at height 0."""
 
     def __init__(self, joints):
-        joints = smooth(np.asarray(joints, np.float64), 0.04)
-        lower_toe = joints[:, TOES, 1].min(1)
-        joints[..., 1] -= np.percentile(lower_toe, 20) - TOE_Y
-        self.joints = joints
+        self.joints = joints = smooth(np.asarray(joints, np.float64), 0.04)
         self.height = joints[..., 1]
+        self.height -= np.percentile(self.height[:, TOES].min(1), 20) - TOE_Y
 
         left = (joints[:, HIPS[0]] - joints[:, HIPS[1]]
                 + joints[:, SHOULDERS[0]] - joints[:, SHOULDERS[1]])
         left = unit_vectors(smooth(unit_vectors(left * [1, 0, 1]), 0.1))
-        up = np.broadcast_to([0, 1, 0], left.shape)
-        forward = np.cross(left, up)
-        self.axes = np.stack([left, up, forward], 1)
+        forward = np.cross(left, [0, 1, 0])
+        self.axes = np.stack([left, np.broadcast_to([0, 1, 0], left.shape), forward], 1)
         self.yaw = np.unwrap(np.arctan2(forward[:, 0], forward[:, 2]))
         self.yaw_rate = np.gradient(smooth(self.yaw, 0.1)) * FPS
 
@@ -84,6 +79,7 @@ class View:
         self.velocity = self.local(np.gradient(smooth(pelvis, 0.15), axis=0) * FPS)
         self.feet_velocity = self.local(np.gradient(feet, axis=0) * FPS)
         self.feet_ahead = self.local(feet - pelvis)[:, FORWARD]
+        self.standing = self.height[:, PELVIS] > 0.78
         self.trunk = self.between(PELVIS, NECK)
         self.arms = [self.between(SHOULDERS[side], WRISTS[side]) for side in (0, 1)]
 
@@ -115,15 +111,12 @@ class View:
         return [span for span in spans if self.travel(span, FORWARD) > 0.8]
 
     def side_step(self, side):
-        found = []
         sideways = self.velocity[:, LEFT] * LEFTWARD[side] > 0.1
-        straight = np.abs(self.yaw_rate) < 0.8
-        for span in find_spans(sideways & straight, 0.5, 0.3):
-            aside = self.travel(span, LEFT) * LEFTWARD[side]
-            ahead = abs(self.travel(span, FORWARD))
-            if aside > max(0.35, 2 * ahead) and abs(self.turned(span)) < 0.6:
-                found.append(span)
-        return found
+        spans = find_spans(sideways & (np.abs(self.yaw_rate) < 0.8), 0.5, 0.3)
+        least = [max(0.35, 2 * abs(self.travel(span, FORWARD))) for span in spans]
+        return [span for span, metres in zip(spans, least)
+                if self.travel(span, LEFT) * LEFTWARD[side] > metres
+                and abs(self.turned(span)) < 0.6]
 
     def turn(self, side):
         turning = self.yaw_rate * LEFTWARD[side] > 0.3
@@ -151,13 +144,12 @@ class View:
     def wave(self, side):
         """One hand, not both, is up and changes direction at least three times."""
         arm, other = self.arms[side], self.arms[1 - side]
-        found = []
-        for span in find_spans((arm[:, UP] > 0.03) & (other[:, UP] < 0), 0.6, 0.1):
-            maxima, _ = find_peaks(arm[span, LEFT], prominence=0.06)
-            minima, _ = find_peaks(-arm[span, LEFT], prominence=0.06)
-            if len(maxima) + len(minima) >= 3:
-                found.append(span)
-        return found
+        spans = find_spans((arm[:, UP] > 0.03) & (other[:, UP] < 0), 0.6, 0.1)
+
+        def n_maxima(curve):
+            return len(find_peaks(curve, prominence=0.06)[0])
+        return [span for span in spans
+                if n_maxima(arm[span, LEFT]) + n_maxima(-arm[span, LEFT]) >= 3]
 
     def raise_arms(self):
         lower_hand = self.height[:, WRISTS].min(1)
@@ -172,28 +164,21 @@ class View:
 
     def hop(self):
         """One foot stays up while the other leaves the floor at least twice."""
-        found = []
-        for side in (0, 1):
-            airborne = self.height[:, TOES[1 - side]] > 0.06
-            for span in find_spans(self.height[:, ANKLES[side]] > 0.2, 0.8, 0.1):
-                if len(find_spans(airborne[span], 0.1)) >= 2:
-                    found.append(span)
-        return found
+        airborne = self.height[:, TOES] > 0.06
+        return [span for side in (0, 1)
+                for span in find_spans(self.height[:, ANKLES[side]] > 0.2, 0.8, 0.1)
+                if len(find_spans(airborne[span, 1 - side], 0.1)) >= 2]
 
     def crouch(self, on_chair):
         """The pelvis goes down from standing: far behind the feet (on a chair), or not."""
-        found = []
-        for span in find_spans(self.height[:, PELVIS] < 0.66, 0.15, 0.2):
-            stood_before = (self.height[:span.start, PELVIS] > 0.78).any()
-            behind = self.feet_ahead[span].max() > 0.22
-            if stood_before and behind == on_chair:
-                found.append(span)
-        return found
+        return [span for span in find_spans(self.height[:, PELVIS] < 0.66, 0.15, 0.2)
+                if self.standing[:span.start].any()
+                and (self.feet_ahead[span].max() > 0.22) == on_chair]
 
     def squat(self):
         """A crouch, after which the body stands up again."""
-        standing = self.height[:, PELVIS] > 0.78
-        return [span for span in self.crouch(on_chair=False) if standing[span.stop - 1:].any()]
+        return [span for span in self.crouch(on_chair=False)
+                if self.standing[span.stop - 1:].any()]
 
     def sit_down(self):
         """The way down to a chair."""
@@ -220,11 +205,9 @@ class View:
 def describe(joints):
     """All actions seen in a motion (T, 22, 3), in order of time: ['walk', 'kick left', ...]."""
     view = View(joints)
-    seen = []
-    for action in PATTERNS:
-        for side in ('left', 'right') if action in SIDED else ('',):
-            name = f'{action} {side}'.strip()
-            seen += [(time, name) for time in view.times(action, side)]
+    seen = [(time, f'{action} {side}'.strip()) for action in PATTERNS
+            for side in (('left', 'right') if action in SIDED else ('',))
+            for time in view.times(action, side)]
     return [name for _, name in sorted(seen)]
 
 

@@ -1,4 +1,4 @@
-"""Motions as pictures: a GIF, a strip of poses, a grid of motions, and figures that explain a clip.
+"""Motions as pictures: a GIF, a strip of poses, and a grid of motions.
 
 Left limbs are blue, right limbs are red, and the path of the root is yellow. Pictures are uint8
 (height, width, 3).
@@ -15,6 +15,7 @@ from PIL import Image
 
 from lib.motion import SKELETONS, smooth
 
+SKELETON_OF = {skeleton.n_joints: skeleton for skeleton in SKELETONS.values()}
 SIDE_COLOURS = {'left': (38, 116, 190), 'right': (222, 82, 62), 'middle': (62, 66, 82)}
 BACKGROUND = (250, 250, 248)
 FLOOR = (229, 232, 237)
@@ -41,14 +42,6 @@ def _rgb(colour, fade=0.0):
     """A colour in matplotlib's range of 0 to 1. fade (...): 0 leaves it, 1 is the background."""
     fade = np.asarray(fade)[..., None]
     return (colour + fade * np.subtract(BACKGROUND, colour)) / 255
-
-
-def _skeleton(joints):
-    for skeleton in SKELETONS.values():
-        if joints.shape[1:] == (skeleton.n_joints, 3) and np.isfinite(joints).all():
-            return skeleton
-    raise ValueError(f'cannot draw joints of shape {joints.shape}: '
-                     'expected finite (T, 22 or 21, 3)')
 
 
 def _blank_figure(width, height):
@@ -82,7 +75,7 @@ def _draw_floor(axes, path):
 def _render(joints, frames, size):
     """Yield pictures (h, w, 3) of a motion (T, J, 3) at some frames; the last pose is repeated for
     frames after the end. The camera follows the root."""
-    skeleton = _skeleton(joints)
+    skeleton = SKELETON_OF[joints.shape[1]]
     joints = joints / skeleton.units_per_metre
 
     # one bone from its parent to each joint, and one more for the head
@@ -142,14 +135,30 @@ def _render(joints, frames, size):
         yield _pixels(figure)
 
 
-def _text_picture(text, width):
-    """Centred, wrapped text -> a picture (h, width, 3)."""
-    lines = textwrap.wrap(text, int((width - 10) / (0.56 * FONT)))
-    height = round(1.4 * FONT * len(lines)) + 12
-    figure = _blank_figure(width, height)
-    figure.text(0.5, 1 - 8 / height, '\n'.join(lines), color=_rgb(SIDE_COLOURS['middle']),
-                fontsize=FONT, linespacing=1.4, ha='center', va='top', parse_math=False)
-    return _pixels(figure)
+def _captions(texts, size):
+    """Captions above a motion of this size -> {the text that plays, or None: picture (h, w, 3)}.
+
+    The text that plays is dark, the others are grey. They take at most a quarter of the page: all
+    of them if they fit, otherwise the one that plays, shortened.
+    """
+    columns = int((size[0] - 10) / (0.56 * FONT))
+    most = max(1, int((size[1] / 3 - 12) / (1.4 * FONT)))
+    pictures = {}
+    for playing in (*texts, None):
+        lines = [(line, text) for text in dict.fromkeys(texts)
+                 for line in textwrap.wrap(text, columns)]
+        if len(lines) > most:
+            text = playing or texts[0]
+            lines = [(line, text) for line in textwrap.wrap(text, columns, max_lines=most,
+                                                            placeholder=' …')]
+        height = round(1.4 * FONT * len(lines)) + 12
+        figure = _blank_figure(size[0], height)
+        for i, (line, text) in enumerate(lines):
+            colour = _rgb(SIDE_COLOURS['middle'], 0 if text == playing else 0.5)
+            figure.text(0.5, 1 - (8 + 1.4 * FONT * i) / height, line, color=colour, fontsize=FONT,
+                        ha='center', va='top', parse_math=False)
+        pictures[playing] = _pixels(figure)
+    return pictures
 
 
 def _palette():
@@ -167,103 +176,62 @@ def draw_strip(joints, path, caption, n_poses=8, size=(150, 200)):
 
     Writes a PNG unless path is None. Returns its pixels (h, w, 3) uint8.
     """
-    fps = _skeleton(joints).fps
     frames = np.linspace(0, len(joints) - 1, n_poses).round().astype(int)
     poses = np.hstack(list(_render(joints, frames, size)))
-    seconds = np.hstack([_text_picture(f'{t / fps:.1f} s', size[0]) for t in frames])
-    pixels = np.vstack([_text_picture(caption, poses.shape[1]), poses, seconds])
+    times = [f'{t / SKELETON_OF[joints.shape[1]].fps:.1f} s' for t in frames]
+    seconds = np.hstack([_captions([time], size)[time] for time in times])
+    title = _captions([caption], (poses.shape[1], size[1]))[caption]
+    pixels = np.vstack([title, poses, seconds])
     if path is not None:
         Image.fromarray(pixels).save(path)
     return pixels
 
 
 def draw_gif(joints, path, caption, fps=None):
-    """Animate joints (T, J, 3) below their caption. fps: of the GIF, by default the skeleton's."""
-    fps = fps or _skeleton(joints).fps
+    """Animate joints (T, J, 3) below their caption, as in `draw_grid`. fps: of the GIF, by default
+    the skeleton's."""
+    fps = fps or SKELETON_OF[joints.shape[1]].fps
     draw_grid([(caption, joints)], path, 1, fps, size=(320, 340))
 
 
 def draw_grid(motions, path, columns=3, fps=10, size=(210, 230)):
     """Animate [(caption, joints (T, J, 3))] side by side in one GIF of so many frames per second.
-    Short motions hold their last pose."""
-    captions = [_text_picture(caption, size[0]) for caption, _ in motions]
-    caption_height = max(len(picture) for picture in captions)
+    Short motions hold their last pose.
+
+    A caption is a text, or [(text, first, end)] for a motion of several parts or edited spans: the
+    text is highlighted, and so is its line at the bottom, from frame `first` to before `end`.
+    """
+    longest = max(len(joints) for _, joints in motions)
+    captions = [caption if isinstance(caption, list) else [(caption, 0, longest)]
+                for caption, _ in motions]
+    texts = [_captions([text for text, _, _ in spans], size) for spans in captions]
+    text_height = max(len(picture) for pictures in texts for picture in pictures.values())
     columns = min(columns, len(motions))
     rows = -(-len(motions) // columns)
-    page = np.empty((rows * (caption_height + size[1]), columns * size[0], 3), np.uint8)
-    page[:] = BACKGROUND
+    page = np.empty((rows * (text_height + size[1]), columns * size[0], 3), np.uint8)
     cells = [cell for row in np.split(page, rows) for cell in np.split(row, columns, axis=1)]
-    for cell, caption in zip(cells, captions):
-        cell[:len(caption)] = caption
 
-    longest = max(len(joints) for _, joints in motions)
-    motion_fps = _skeleton(motions[0][1]).fps
+    motion_fps = SKELETON_OF[motions[0][1].shape[1]].fps
     frames = np.arange(0, longest, motion_fps / fps).round().astype(int)
+    width = size[0] / longest   # pixels per frame
     palette = _palette()
     images = []
-    for pictures in zip(*[_render(joints, frames, size) for _, joints in motions]):
-        for cell, picture in zip(cells, pictures):
-            cell[caption_height:] = picture
-        progress = page.shape[1] * (len(images) + 1) // len(frames)
-        page[-3:, :progress] = PATH
+    for t, *poses in zip(frames, *[_render(joints, frames, size) for _, joints in motions]):
+        page[:] = BACKGROUND
+        for cell, pose, spans, pictures in zip(cells, poses, captions, texts):
+            cell[text_height:] = pose
+            cell[-3:, :round((t + 1) * width)] = PATH
+            playing = None
+            for text, first, end in spans:
+                now = first <= t < end
+                playing = text if now else playing
+                line = slice(round(first * width) + 1, round(end * width) - 1)
+                cell[-6:-3, line] = SIDE_COLOURS['middle'] if now else SHADOW
+            cell[:len(pictures[playing])] = pictures[playing]
         image = Image.fromarray(page)
         images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps),
                    loop=0, optimize=True)
-
-
-def draw_msd(path, title, joints, phi, omega, fps):
-    """Poses of a clip (T, J, 3), and for each of its n tokens phi (n, W) of Eq 7 and Omega (n,) of
-    Eq 8."""
-    figure = Figure(figsize=(11, 5.2), dpi=110, layout='constrained')
-    poses, heat, curve = figure.subplots(3, 1, height_ratios=(2.0, 1.3, 1.0))
-    poses.imshow(draw_strip(joints, None, '', 10))
-    poses.axis('off')
-    poses.set_title(title, fontsize=10, parse_math=False)
-
-    n, bands = phi.shape
-    seconds = np.arange(n + 1) * 4 / fps  # the boundaries between tokens
-    heat.pcolormesh(seconds, np.arange(bands + 1) - 0.5, phi.T, cmap='magma')
-    heat.set_ylabel('band k\n$\\phi_{t,k}$, Eq 7')
-    curve.stairs(omega, seconds, fill=True, alpha=0.5)
-    curve.set(xlim=(0, seconds[-1]), ylim=(0, None))
-    curve.set(ylabel='$\\Omega(t) = |f_t|$', xlabel='seconds')
-    figure.savefig(path)
-
-
-def draw_explained(path, caption, nodes, joints, omega, hard, fps):
-    """What HGM3 and DynMask make of one prompt and its motion (T, J, 3).
-
-    nodes: the caption's semantic graph, [(text, level, edge)]. omega (n,): MSD's complexity by
-    token. hard (n,): the loss that HGM3's teacher predicts, or None. Both are z-scored.
-    """
-    figure = Figure(figsize=(11, 7), dpi=110, layout='constrained')
-    tree, poses, curve = figure.subplots(3, 1, height_ratios=(1.6, 2.0, 1.3))
-    tree.set_title(caption, fontsize=10, parse_math=False)
-    tree.set(xlim=(0, 1), ylim=(0, 1))
-    tree.axis('off')
-    box = dict(boxstyle='round', facecolor='white', edgecolor='grey')
-    latest = {}   # the last node so far of each level; its children come right after it
-    for i, (text, level, edge) in enumerate(nodes):
-        x = 0.5 if level == 1 else i / len(nodes)
-        y = 1.2 - level / 3
-        if level > 1:
-            parent = latest[level - 1]
-            tree.plot([parent[0], x], [parent[1], y], color='grey', zorder=1)
-        latest[level] = (x, y)
-        tree.text(x, y, f'{textwrap.fill(text, 16)}\n{edge}', fontsize=9, ha='center',
-                  va='center', bbox=box, parse_math=False)
-
-    poses.imshow(draw_strip(joints, None, '', 10))
-    poses.axis('off')
-    token_seconds = 4 / fps
-    middle = (np.arange(len(omega)) + 0.5) * token_seconds
-    curve.step(middle, omega, where='mid', label='complex: $\\Omega(t)$ of DynMask')
-    if hard is not None:
-        curve.step(middle, hard, where='mid', label='hard: the teacher of HGM3')
-    curve.set(xlim=(0, len(omega) * token_seconds), xlabel='seconds', ylabel='z-score')
-    curve.legend()
-    figure.savefig(path)
 
 
 def gif_to_mp4(path):

@@ -1,8 +1,7 @@
 """The text-motion evaluator of Guo et al. 2022, the words it reads, and the standard metrics.
 
-Published FID and R-precision values are distances between the 512-d vectors of this network, so it
-follows the code of "Generating Diverse and Natural 3D Human Motions from Text" (CVPR 2022) exactly.
-train_eval.py trains one; momask.py loads the official weights.
+Published FID and R-precision values are distances between vectors of this network, so it follows
+the code of "Generating Diverse and Natural 3D Human Motions from Text" (CVPR 2022) exactly.
 
     B batch, T frames, D features per frame (263 or 251), L = 22 word positions, d embedding size
 """
@@ -24,14 +23,12 @@ from lib.data import equal_lengths
 
 # -------------------------------------------------------------------------------------------- words
 
-MAX_WORDS = 20   # later words of a caption are ignored
-POSITIONS = 22   # the words, sos and eos
+MAX_WORDS, POSITIONS = 20, 22   # later words are ignored; the words, sos and eos
 # Guo et al.'s word vectorizer: tags in one-hot order, and words with a tag that overrides others
 WORD_TAGS = json.loads(Path(ROOT, 'config', 'word_tags.json').read_text())
-TAGS = WORD_TAGS['tags']
-VIP_WORDS = WORD_TAGS['vip_words']
+TAGS, VIP_WORDS = WORD_TAGS['tags'], WORD_TAGS['vip_words']
 VIP_TAG = {word: tag for tag, words in VIP_WORDS.items() for word in words.split()}
-GLOVE_FILES = 'our_vab_data.npy, our_vab_words.pkl and our_vab_idx.pkl'
+GLOVE_FILES = 'our_vab_data.npy, our_vab_words.pkl, our_vab_idx.pkl'
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -42,20 +39,17 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_plain(path):
-    """Read an .npy array or a pickle of plain data. UserError if it is missing, damaged or code."""
-    try:
-        with open(path, 'rb') as f:
-            return np.load(f) if path.endswith('.npy') else PlainUnpickler(f).load()
-    except Exception as e:   # a damaged pickle can raise almost any exception
-        raise UserError(f'{path} was not loaded ({type(e).__name__}: {e}): its folder must hold '
-                        f'{GLOVE_FILES}.') from None
+    """A pickle of plain data."""
+    with open(path, 'rb') as f:
+        return PlainUnpickler(f).load()
 
 
 def read_glove(folder):
     """Guo et al.'s three files of GloVe vectors -> {word: (dim,) float32}, or a UserError."""
-    table = read_plain(os.path.join(folder, 'our_vab_data.npy'))
-    words = read_plain(os.path.join(folder, 'our_vab_words.pkl'))
-    index = read_plain(os.path.join(folder, 'our_vab_idx.pkl'))
+    hint = f'its folder must hold {GLOVE_FILES}'
+    data, words, index = (os.path.join(folder, name) for name in GLOVE_FILES.split(', '))
+    table = runtime.read_array(data, hint)
+    words, index = (runtime.read(path, hint, read_plain) for path in (words, index))
     try:
         return {word: table[index[word], :].astype(np.float32)
                 for word in [*words, 'eos', 'sos', 'unk']}
@@ -80,9 +74,8 @@ class Words:
     def vector(self, word):
         if word not in self.vectors:
             digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
-            seed = np.frombuffer(digest, '<u4')
             # RandomState, because NumPy guarantees that its stream never changes
-            normal = np.random.RandomState(seed).randn(self.dim)
+            normal = np.random.RandomState(np.frombuffer(digest, '<u4')).randn(self.dim)
             self.vectors[word] = (normal * 5 / self.dim ** 0.5).astype(np.float32)   # GloVe's norm
         return self.vectors[word]
 
@@ -207,18 +200,17 @@ class Evaluator(nn.Module):
                             f'{GLOVE_FILES}.')
         self.eval()
         unique, row = np.unique(captions, return_inverse=True)
-        out = torch.empty(len(unique), self.config['out'])
+        out = []
         for i in range(0, len(unique), batch):
             words, tags, lengths = self.words.embed_captions(unique[i:i + batch])
-            words, tags = words.to(self.mean.device), tags.to(self.mean.device)
-            out[i:i + batch] = self.text_encoder(words, tags, lengths).cpu()
-        return out[torch.from_numpy(row)]
+            out.append(self.text_encoder(words.to(self.mean), tags.to(self.mean), lengths).cpu())
+        return torch.cat(out)[torch.from_numpy(row)]
 
     @torch.no_grad()
     def embed_motion(self, features, lengths, batch=256):
         """Raw features (B, T, D), as an array, a tensor or a list of B arrays (>= length, D), and
-        lengths (B,) in frames -> (B, d) float32 on the CPU, in eval mode. ValueError for another
-        width D, a length below 4 or above T, or a value before the end that is not finite."""
+        lengths (B,) in frames -> (B, d) float32 on the CPU, in eval mode. ValueError for a length
+        below 4 or above T, or a value before the end that is not finite."""
         if len(lengths) != len(features):
             raise ValueError(f'{len(features)} motions but {len(lengths)} lengths')
         self.eval()
@@ -226,24 +218,16 @@ class Evaluator(nn.Module):
         out = torch.empty(len(lengths), self.config['out'])
         for group in equal_lengths(lengths, batch):
             n = lengths[group]
-            x = torch.stack([self.read_clip(i, features[i], n[0]) for i in group.tolist()])
+            x = torch.stack([torch.as_tensor(features[i])[:n[0]] for i in group.tolist()])
+            x = self.normalize(x.to(self.mean))
+            if x.shape[1] != n[0] or n[0] < 4 or not torch.isfinite(x).all():
+                raise ValueError(f'motions {group.tolist()} of length {n[0]}: one is shorter, or '
+                                 'has a value that is not finite, or the length is below 4')
             # Guo et al. pad clips with zeros to max_frames; the last movement reads at most 4
             if n[0] != self.config['max_frames']:
                 x = F.pad(x, (0, 0, 0, 4))
             out[group] = self.encode_motion(x, n).cpu()
         return out
-
-    def read_clip(self, i, clip, length):
-        """The first `length` frames of clip i (T, D), checked and normalized."""
-        D = len(self.mean)
-        clip = torch.as_tensor(clip)
-        if clip.shape[1:] != (D,) or not 4 <= length <= len(clip):
-            raise ValueError(f'motion {i}: this evaluator reads (T, {D}) features and lengths '
-                             f'4 .. T, found {tuple(clip.shape)} and length {length}')
-        clip = self.normalize(clip[:length].to(self.mean))
-        if not torch.isfinite(clip).all():
-            raise ValueError(f'motion {i} holds NaN or infinite features')
-        return clip
 
     def save(self, path, it, settings, **extra):
         """Write everything that `load` needs, and `extra` (plain data). it: training steps done, of
@@ -257,7 +241,7 @@ class Evaluator(nn.Module):
         """The evaluator written by `save`, in eval mode. glove_dir: the folder of the GloVe files,
         if they have moved. UserError for a file that is missing, damaged, of another kind, or of an
         evaluator that is not fully trained."""
-        data = runtime.load(path, 'run `python train_eval.py config/<data>.py` first', 'evaluator',
+        data = runtime.load(path, 'run train_eval.py first, or give --evaluator', 'evaluator',
                             ('config', 'mean', 'std', 'glove_dir', 'model', 'it', 'settings'))
         steps = data['settings']['ev_steps']
         if data['it'] < steps:
@@ -332,24 +316,17 @@ def mm_dist(text, motion):
     return float(np.linalg.norm(float64(text) - float64(motion), axis=-1).mean())
 
 
-def mean_pair_distance(emb, pairs, rng):
-    """emb (..., N, d): mean distance of two random subsets of `pairs` vectors."""
-    a = rng.choice(emb.shape[-2], pairs, replace=False)
-    b = rng.choice(emb.shape[-2], pairs, replace=False)
+def diversity(emb, rng, pairs=None):
+    """Mean distance of random pairs, by default min(300, N), of emb (..., N, d). rng: a NumPy
+    Generator."""
+    N = emb.shape[-2]
+    a, b = (rng.choice(N, pairs or min(300, N), replace=False) for _ in range(2))
     return mm_dist(emb[..., a, :], emb[..., b, :])
-
-
-def diversity(emb, rng):
-    """Mean distance of min(300, N) random pairs of emb (N, d). rng: a NumPy Generator."""
-    return mean_pair_distance(emb, min(300, len(emb)), rng)
 
 
 def multimodality(emb, rng):
     """Mean distance of 10 random pairs of generations of one text, for emb (texts, gens, d)."""
-    if emb.shape[1] < 10:
-        raise ValueError("multimodality draws 10 of each text's generations, "
-                         f'there are only {emb.shape[1]}')
-    return mean_pair_distance(emb, 10, rng)
+    return diversity(emb, rng, pairs=10)
 
 
 def mpjpe(pred, gt):

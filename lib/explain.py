@@ -38,7 +38,7 @@ def draw_clips(path, clips, fps):
         curve.stairs(omega, seconds, fill=True, alpha=0.5)
         curve.set(xlim=(0, seconds[-1]), ylim=(0, 1.05 * largest), xlabel='seconds')
     axes[1, 0].set_ylabel('band k\n$\\phi_{t,k}$, Eq 7')
-    axes[2, 0].set_ylabel('$\\Omega(t) = |f_t|$')
+    axes[2, 0].set_ylabel('$\\Omega(t)$, Eq 8')
     figure.savefig(path)
 
 
@@ -64,7 +64,8 @@ def draw_explained(path, caption, nodes, joints, filled, omega, hard, fps):
     in which each token was filled in, and what DynMask and HGM3 make of the result.
 
     nodes         [(text, level, edge)], see `_draw_graph`
-    filled        (steps, n), the model's confidence where a step wrote a token, otherwise NaN
+    filled        (steps, n), the model's confidence where a step wrote a token, otherwise NaN;
+                  None leaves the panel out
     omega, hard   (n,), z-scores: MSD's complexity, and the loss that HGM3's teacher predicts (or
                   None)
     """
@@ -74,10 +75,13 @@ def draw_explained(path, caption, nodes, joints, filled, omega, hard, fps):
     _draw_graph(tree, nodes)
     _show_poses(poses, joints, 10)
 
-    mesh = _show_tokens(order, filled, 4 / fps, cmap='viridis', vmin=0, vmax=1)
-    order.set(ylabel='decoding step', ylim=(len(filled) - 0.5, -0.5))
-    order.set_title('tokens that each step fills in; it keeps the most confident', fontsize=9)
-    figure.colorbar(mesh, ax=order, label='confidence', pad=0.01)
+    if filled is None:
+        order.axis('off')
+    else:
+        mesh = _show_tokens(order, filled, 4 / fps, cmap='viridis', vmin=0, vmax=1)
+        order.set(ylabel='decoding step', ylim=(len(filled) - 0.5, -0.5))
+        order.set_title('tokens that each step fills in; it keeps the most confident', fontsize=9)
+        figure.colorbar(mesh, ax=[order, curve], label='confidence', pad=0.01)
 
     seconds = np.arange(len(omega) + 1) * 4 / fps
     curve.stairs(omega, seconds, baseline=None, label='complex: $\\Omega(t)$ of DynMask')

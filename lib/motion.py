@@ -27,7 +27,6 @@ class Skeleton:
     names: tuple              # J joint names; those off the middle start with left_ or right_
     chains: tuple             # kinematic chains, from the root outwards
     raw_offsets: np.ndarray   # (J, 3) unit direction of each bone in the rest pose
-    leg_joints: tuple         # knee and ankle of one leg; their bones measure the size of a body
     feet: tuple               # left ankle (KIT-ML: heel), left toe, right ankle, right toe
     facing: tuple             # right hip, left hip, right shoulder, left shoulder
     fps: float
@@ -54,21 +53,21 @@ class Skeleton:
     @property
     def swap(self):
         """(J,) the corresponding joint on the other side of the body; a middle joint is its own."""
+        other_side = {'left': 'right', 'right': 'left'}
         swap = []
         for name in self.names:
-            side, _, part = name.partition('_')
-            partner = {'left': f'right_{part}', 'right': f'left_{part}'}.get(side, name)
-            swap.append(self.names.index(partner))
+            side, mark, part = name.partition('_')
+            swap.append(self.names.index(other_side.get(side, side) + mark + part))
         return np.array(swap)
+
+
+AXES = {'.': (0, 0, 0), '+x': (1, 0, 0), '-x': (-1, 0, 0), '+y': (0, 1, 0), '-y': (0, -1, 0),
+        '+z': (0, 0, 1)}
 
 
 def _rest_directions(axes):
     """'. +x -y' -> (J, 3): a unit vector along each signed axis, zeros for '.'"""
-    directions = np.zeros((len(axes.split()), 3))
-    for direction, axis in zip(directions, axes.split()):
-        if axis != '.':
-            direction['xyz'.index(axis[1])] = float(axis[0] + '1')
-    return directions
+    return np.array([AXES[axis] for axis in axes.split()], float)
 
 
 SKELETONS = {
@@ -81,7 +80,7 @@ SKELETONS = {
                 (9, 14, 17, 19, 21), (9, 13, 16, 18, 20)),
         raw_offsets=_rest_directions(
             '. +x -x +y -y -y +y -y -y +y +z +z +y +x -x +z -y -y -y -y -y -y'),
-        leg_joints=(5, 8), feet=(7, 10, 8, 11), facing=(2, 1, 17, 16),
+        feet=(7, 10, 8, 11), facing=(2, 1, 17, 16),
         fps=20, min_frames=40, contact_threshold=0.002, units_per_metre=1),
     'kit21': Skeleton(
         names=('pelvis', 'spine1', 'spine2', 'neck', 'head', 'right_shoulder', 'right_elbow',
@@ -92,7 +91,7 @@ SKELETONS = {
                 (3, 5, 6, 7), (3, 8, 9, 10)),
         raw_offsets=_rest_directions(
             '. +y +y +y +y +x -y -y -x -y -y +x -y -y +z +z -x -y -y +z +z'),
-        leg_joints=(17, 18), feet=(19, 20, 14, 15), facing=(11, 16, 5, 8),
+        feet=(19, 20, 14, 15), facing=(11, 16, 5, 8),
         fps=12.5, min_frames=24, contact_threshold=0.05, units_per_metre=1000),
 }
 
@@ -100,13 +99,6 @@ SKELETONS = {
 def mirror(joints, skeleton):
     """Exchange left and right: joints (..., J, 3) reflected in the plane x = 0."""
     return joints[..., skeleton.swap, :] * np.array([-1, 1, 1], joints.dtype)
-
-
-def bone_offsets(joints, skeleton):
-    """Rest-pose offsets (J, 3) of the body in one pose (J, 3), for `joints_to_features`."""
-    bones = joints - joints[skeleton.parents]
-    lengths = np.linalg.norm(bones, axis=-1)
-    return skeleton.raw_offsets * lengths[:, None]
 
 
 def unit_vectors(vectors, fallback=0.0):
@@ -144,8 +136,8 @@ def _rotate_y(vectors, yaw):
 def _facing(joints, skeleton, hip_sign=1):
     """x and z (..., 2) of the direction that a body faces: the cross product of the up axis and the
     unit vector across hips and shoulders. It is shorter than 1 where that vector tilts."""
-    facing_joints = np.moveaxis(joints[..., skeleton.facing, :], -2, 0)
-    right_hip, left_hip, right_shoulder, left_shoulder = facing_joints
+    right_hip, left_hip, right_shoulder, left_shoulder = (
+        joints[..., joint, :] for joint in skeleton.facing)
     across = hip_sign * (right_hip - left_hip) + right_shoulder - left_shoulder
     across = unit_vectors(across, np.array([-1.0, 0.0, 0.0]))
     return np.stack([across[..., 2], -across[..., 0]], -1)
@@ -158,36 +150,14 @@ def _yaw(facing):
 def _heading(joints, skeleton, steady):
     """Smoothed yaw (T,) of a motion, unwrapped (no jumps of a full turn)."""
     if steady:
-        yaw = np.unwrap(_yaw(_facing(joints, skeleton)))
-        return smooth(yaw, 20)
+        return smooth(np.unwrap(_yaw(_facing(joints, skeleton))), 20)
 
-    # HumanML3D's code subtracts the hip line here where it means to add it, because its variables
-    # are not in the order of its joint tuple. Shoulders are wider than hips, so the direction is
-    # still right, and published models expect it. The code also sets the first heading to 0.
+    # HumanML3D's code subtracts the hip line here where it means to add it. Shoulders are wider
+    # than hips, so the direction is still right, and published models expect it. The code also
+    # sets the first heading to 0.
     yaw = _yaw(smooth(_facing(joints, skeleton, hip_sign=-1), 20))
     yaw[0] = 0
     return np.unwrap(yaw)
-
-
-def _bone_directions(joints, skeleton):
-    """Unit vector (T, J, 3) from the parent to each joint; a bone of length 0 points as at rest."""
-    return unit_vectors(joints - joints[:, skeleton.parents], skeleton.raw_offsets)
-
-
-def _retarget(joints, skeleton, offsets):
-    """Keep the bone directions of joints (T, J, 3), take the bone lengths of offsets (J, 3), and
-    scale the root's path with leg length."""
-    lengths = np.linalg.norm(offsets, axis=-1)
-    own_lengths = np.linalg.norm(bone_offsets(joints[0], skeleton), axis=-1)
-    legs = list(skeleton.leg_joints)
-    scale = lengths[legs].sum() / own_lengths[legs].sum()
-    bones = lengths[:, None] * _bone_directions(joints, skeleton)
-
-    result = scale * joints   # final for the root, replaced below for all other joints
-    for chain in skeleton.chains:
-        for parent, joint in zip(chain, chain[1:]):
-            result[:, joint] = result[:, parent] + bones[:, joint]
-    return result
 
 
 def _half_turns(axes):
@@ -202,9 +172,10 @@ def _rotations(joints, skeleton, yaw):
     shortest arc: a half turn about the rest direction, then one about the bisector of the two.
     """
     rest = skeleton.raw_offsets
-    # Opposite directions have no bisector. Any axis perpendicular to both works.
-    perpendicular = np.roll(rest, -1, axis=-1)
-    bisector = unit_vectors(rest + _bone_directions(joints, skeleton), perpendicular)
+    # A bone of length 0 points as at rest. Opposite directions have no bisector: any axis that is
+    # perpendicular to both will do.
+    directions = unit_vectors(joints - joints[:, skeleton.parents], rest)
+    bisector = unit_vectors(rest + directions, np.roll(rest, -1, axis=-1))
     world = _half_turns(bisector) @ _half_turns(rest)
 
     # As in HumanML3D's code, every chain starts from the rotation into the root frame (the arms do
@@ -219,11 +190,10 @@ def _rotations(joints, skeleton, yaw):
     return columns[:, 1:].reshape(len(joints), -1, 6)
 
 
-def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, steady=False):
+def joints_to_features(joints, skeleton, contact_threshold=None, steady=False):
     """World joint positions (T, J, 3), Y up, at the skeleton's frame rate -> (T-1, D) float64.
     The last frame only serves to compute velocities.
 
-    offsets (J, 3): first retarget to the body with these rest-pose offsets (see `bone_offsets`).
     contact_threshold: the skeleton's by default.
     steady: correct two faults of HumanML3D's features around turns. `features_to_joints` returns
         the same joints either way.
@@ -236,13 +206,11 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     ValueError for a wrong shape, fewer than 2 frames, NaN or infinity.
     """
     joints = np.asarray(joints, dtype=np.float64)
-    if joints.ndim != 3 or joints.shape[1:] != (skeleton.n_joints, 3) or len(joints) < 2:
+    if joints.shape[1:] != (skeleton.n_joints, 3) or len(joints) < 2:
         raise ValueError(f'expected joints of shape (T >= 2, {skeleton.n_joints}, 3), '
                          f'found {joints.shape}')
     if not np.isfinite(joints).all():
         raise ValueError('joint positions contain NaN or infinity')
-    if offsets is not None:
-        joints = _retarget(joints, skeleton, np.asarray(offsets, dtype=np.float64))
     if contact_threshold is None:
         contact_threshold = skeleton.contact_threshold
 
@@ -256,10 +224,8 @@ def joints_to_features(joints, skeleton, offsets=None, contact_threshold=None, s
     root_velocity = _rotate_y(step[:, 0], -yaw[1:])
     below_root = joints[:, :1] * [1, 0, 1]
     in_root_frame = _rotate_y(joints - below_root, -yaw[:, None])
-    if steady:
-        rotations = _rotations(in_root_frame, skeleton, np.zeros_like(yaw))
-    else:
-        rotations = _rotations(joints, skeleton, yaw)
+    rotations = (_rotations(in_root_frame, skeleton, np.zeros_like(yaw)) if steady
+                 else _rotations(joints, skeleton, yaw))
     velocities = _rotate_y(step, -yaw[:-1, None])
     foot_movement = (step[:, skeleton.feet] ** 2).sum(-1)
 
@@ -280,15 +246,13 @@ def features_to_joints(features, n_joints):
     tensor like the input.
 
     Integrates root yaw and root velocity, then places the root-frame positions. As in HumanML3D's
-    code, rotations and joint velocities are not used. Computed in float64 on the CPU. ValueError
-    for features of another width.
+    code, rotations and joint velocities are not used. ValueError for features of another width.
     """
     if isinstance(features, torch.Tensor):
         joints = features_to_joints(features.detach().cpu().double().numpy(), n_joints)
         return torch.from_numpy(joints).to(features)
-    dim = 12 * n_joints - 1
-    if features.shape[-1] != dim:
-        raise ValueError(f'expected features of width {dim} for {n_joints} joints, '
+    if features.shape[-1] != 12 * n_joints - 1:
+        raise ValueError(f'expected features of width {12 * n_joints - 1} for {n_joints} joints, '
                          f'found {features.shape[-1]}')
     x = features.astype(np.float64)
 
@@ -301,8 +265,7 @@ def features_to_joints(features, n_joints):
 
     joints = np.zeros((*x.shape[:-1], n_joints, 3))
     joints[..., 0, 1] = x[..., 3]
-    positions = x[..., 4:3 * n_joints + 1]
-    joints[..., 1:, :] = positions.reshape(*x.shape[:-1], n_joints - 1, 3)
+    joints[..., 1:, :] = x[..., 4:3 * n_joints + 1].reshape(joints[..., 1:, :].shape)
     joints = _rotate_y(joints, yaw[..., None]) + root[..., None, :]
     return joints.astype(features.dtype)
 

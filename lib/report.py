@@ -1,7 +1,6 @@
 """Results of the evaluation scripts: a JSON file first, then tables on the terminal, so that a
 terminal that cannot show them loses nothing."""
 import json
-import math
 import os
 import sys
 
@@ -48,16 +47,6 @@ def refuse_other_files(path):
 
 def write_results(path, **results):
     """Write the results as JSON. NaN becomes null, which every JSON parser understands."""
+    text = json.dumps(results, default=lambda number: number.item())   # of NumPy
     with atomic_write(path, 'w') as f:
-        json.dump(without_nan(results), f, indent=1, allow_nan=False)
-
-
-def without_nan(x):
-    """Nested dicts and sequences of numbers -> the same as plain Python, with None for NaN."""
-    if isinstance(x, dict):
-        return {key: without_nan(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [without_nan(value) for value in x]
-    if hasattr(x, 'item'):   # a NumPy number
-        x = x.item()
-    return x if not isinstance(x, float) or math.isfinite(x) else None
+        json.dump(json.loads(text, parse_constant=lambda _: None), f, indent=1)

@@ -303,8 +303,11 @@ def load(path, hint, kind=None, keys=()):
                 raise ValueError('a checksum is wrong')
             f.seek(0)
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)
-        if not isinstance(checkpoint, dict) or kind and checkpoint.get('kind') != kind:
-            raise ValueError(f'it is not a checkpoint of {kind or "a model"}')
+        if not isinstance(checkpoint, dict):
+            raise ValueError('it is not a checkpoint')
+        found = checkpoint.get('kind', 'something else')
+        if kind and found != kind:
+            raise ValueError(f'it holds {found}, expected {kind}')
         lacking = [key for key in keys if key not in checkpoint]
         if lacking:
             raise ValueError(f'it lacks {lacking[0]}: was it written by another version?')

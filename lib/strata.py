@@ -1,8 +1,8 @@
 """Where a model fails: FID of groups of clips (DynMask 4.4), and the cross-entropy of tokens by how
 fast the body moves there (the premise of DynMask 3.2)."""
 import json
-import os
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from scipy.stats import rankdata, spearmanr
 from lib.configurator import ROOT
 from lib.evaluator import fid
 
+STRATA = ('static', 'dynamic', 'static (ours)', 'dynamic (ours)',   # Table 5
+          'simple', 'medium', 'complex', 'short', 'middle', 'long')   # Table 6, and by length
 QUARTERS = ('slowest quarter', 'second', 'third', 'fastest quarter')
-
-# -------------------------------------------------------------------------------------------- clips
 
 
 def clip_strata(texts, joints):
@@ -24,8 +24,7 @@ def clip_strata(texts, joints):
     paper's words.
     Table 6: terciles by mean joint speed and length (the sum of their ranks); no MSD is involved.
     """
-    with open(os.path.join(ROOT, 'config', 'strata_words.json'), encoding='utf-8') as f:
-        word_lists = json.load(f)
+    word_lists = json.loads(Path(ROOT, 'config', 'strata_words.json').read_text(encoding='utf-8'))
     words = {kind: {form for verb, forms in verbs.items() for form in (verb, *forms)}
              for kind, verbs in word_lists.items()}
     words_of_clip = [set(re.findall('[a-z]+', text.lower())) for text in texts]
@@ -41,8 +40,7 @@ def clip_strata(texts, joints):
     speed = np.array([np.linalg.norm(np.diff(j, axis=0), axis=-1).mean() for j in joints])
     length = np.array([len(j) for j in joints])
     speed_and_length = rankdata(speed, 'ordinal') + rankdata(length, 'ordinal')
-    for names, key in ((('simple', 'medium', 'complex'), speed_and_length),
-                       (('short', 'middle', 'long'), length)):
+    for names, key in ((STRATA[4:7], speed_and_length), (STRATA[7:], length)):
         strata.update(zip(names, np.array_split(key.argsort(kind='stable'), 3)))
     return strata
 
@@ -68,9 +66,6 @@ def strata_fids(draws):
             ratio = result[row]['FID dynamic'] / result[row]['FID static']
             result[row]['dynamic / static'] = ratio
     return result
-
-
-# ------------------------------------------------------------------------------------------- tokens
 
 
 def token_speed(joints, fps, per_token=4):
@@ -102,7 +97,7 @@ def error_by_speed(batches, log_probabilities, MASK, seed=0, shares=(0.3, 0.6, 0
     for kind in ('uniform', 'confidence'):
         for share in shares:
             generator = torch.Generator().manual_seed(seed)
-            columns = {name: [] for name in ('error', 'speed', 'omega', 'velocity')}
+            hidden_tokens = []
             for batch in batches:
                 score = batch['confidence']
                 if kind == 'uniform':
@@ -110,25 +105,24 @@ def error_by_speed(batches, log_probabilities, MASK, seed=0, shares=(0.3, 0.6, 0
                 hidden = hide_lowest(score, share, batch['valid'])
                 log_p = log_probabilities(batch, torch.where(hidden, MASK, batch['ids']))
                 error = -log_p.gather(-1, batch['ids'][..., None])[..., 0]
-                for name, values in columns.items():
-                    values.append((error if name == 'error' else batch[name])[hidden])
-            columns = {name: torch.cat(values) for name, values in columns.items()}
-            found[f'{kind} {share:.0%}'] = summary_of_errors(columns, edges)
+                measures = error, batch['speed'], batch['omega'], batch['velocity']
+                hidden_tokens.append(torch.stack([measure[hidden] for measure in measures]))
+            found[f'{kind} {share:.0%}'] = summary_of_errors(torch.cat(hidden_tokens, 1), edges)
     return found
 
 
-def summary_of_errors(columns, edges):
-    """A row of `error_by_speed`: columns {name: (tokens,)}, edges (3,) of the speed's quarters."""
-    quarter = torch.bucketize(columns['speed'], edges)
-    columns = {name: values.cpu().numpy() for name, values in columns.items()}
-    row = {'all': columns['error'].mean()}
+def summary_of_errors(measures, edges):
+    """A row of `error_by_speed`: measures (4, tokens), edges (3,) of the speed's quarters."""
+    quarter = torch.bucketize(measures[1], edges).cpu().numpy()
+    error, speed, omega, velocity = measures.cpu().numpy()
+    row = {'all': error.mean()}
     for i, name in enumerate(QUARTERS):
-        part = columns['error'][quarter.cpu().numpy() == i]
+        part = error[quarter == i]
         row[name] = part.mean() if len(part) else np.nan
-    for name in ('speed', 'omega', 'velocity'):
-        row[f'rho {name}'] = rank_correlation(columns[name], columns['error'])
-    row['rho omega, speed'] = rank_correlation(columns['omega'], columns['speed'])
-    return row
+    return row | {'rho speed': rank_correlation(speed, error),
+                  'rho omega': rank_correlation(omega, error),
+                  'rho velocity': rank_correlation(velocity, error),
+                  'rho omega, speed': rank_correlation(omega, speed)}
 
 
 def rank_correlation(x, y):

@@ -103,12 +103,11 @@ class Plan:
         self.t = self.uniform(0.1, 0.4)
         self.feet = np.zeros((2, 3))  # for each foot, the place where the body would stand
         self.trunk = {name: [(0.0, 0.0, 0.0)] for name in self.TRUNK}
-        self.limbs = [{}, {}]
-        for limb in self.limbs:
-            limb['flex'] = [(0.0, self.uniform(0.02, 0.16), 0.0)]
-            limb['abduct'] = [(0.0, self.uniform(0.1, 0.22), 0.0)]
-            limb['reach'] = [(0.0, self.uniform(0.485, 0.51), 0.0)]
-            limb.update((name, [(0.0, 0.0, 0.0)]) for name in self.LEG)
+        self.limbs = []
+        for _ in range(2):
+            rest = dict(flex=self.uniform(0.02, 0.16), abduct=self.uniform(0.1, 0.22),
+                        reach=self.uniform(0.485, 0.51), **dict.fromkeys(self.LEG, 0.0))
+            self.limbs.append({name: [(0.0, value, 0.0)] for name, value in rest.items()})
 
     def move(self, end, side=None, start=0.0, velocity=0.0, **targets):
         """Lead curves of the trunk and of the limbs (of one side, or of both) to new values, from
@@ -169,8 +168,7 @@ class Plan:
         place = self.feet.mean(0)
         turn = self.uniform(-0.25, 0.25) / n
         foot = self.integers(2)
-        last_landing = (swing - 1) * period
-        landing = swing * period
+        last_landing, landing = (swing - 1) * period, swing * period
         for k in range(n + 1):
             size = 1.0 if 0 < k < n - 1 else 0.7
             if k < n:

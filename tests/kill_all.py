@@ -1,6 +1,6 @@
 """Kill training many times, at random moments, and check that nothing is lost:
 
-    python tests/kill_all.py [--kills=20] [--stages=vq,mask,res,len]
+    python tests/kill_all.py [--kills=20] [--stages=vq,mask,res,len,eval]
 
 Every stage is trained twice on a tiny data set: once without interruption, and once with SIGKILLs,
 each followed by --init_from=resume. Both runs must end with the same bits: weights, optimizer,
@@ -60,11 +60,13 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
         os.makedirs(out)
         if stage != 'vq':
             shutil.copy(folder / 'out' / 'tiny' / 'vq.pt', out)
-    eval_every = '--vq_eval_every=4' if stage == 'vq' else '--eval_every=4'
-    whole, cut = ([*train(stage), f'--out_dir={out}', f'--{stage}_iters={steps}', eval_every]
-                  for out in outs)
+    sizes = {'vq': [f'--vq_iters={steps}', '--vq_eval_every=4'],
+             'eval': [f'--ev_steps={steps}', '--ev_ae_steps=8', '--ev_eval_every=4']}
+    sizes = sizes.get(stage, [f'--{stage}_iters={steps}', '--eval_every=4'])
+    whole, cut = ([*train(stage), f'--out_dir={out}', *sizes] for out in outs)
     finish(folder, *whole)
 
+    stage = 'evaluator' if stage == 'eval' else stage   # from here on, the name of its files
     last = outs[1] / f'{stage}_last.pt'
 
     def next_command():
@@ -113,7 +115,7 @@ def same(a, b):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--kills', type=int, default=20)
-    parser.add_argument('--stages', default='vq,mask,res,len')
+    parser.add_argument('--stages', default='vq,mask,res,len,eval')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import draw
+from lib import draw, explain
 from test_motion import KIT, SMPL, body
 
 
@@ -61,20 +61,44 @@ def test_grid_holds_the_last_pose_of_a_short_motion(tmp_path):
     assert not np.array_equal(halfway[:row], last[:row])
 
 
-@pytest.mark.parametrize('joints', [np.full((5, 22, 3), np.nan), np.zeros((5, 7, 3))])
-def test_invalid_joints_leave_no_file(tmp_path, joints):
+def test_invalid_joints_leave_no_file(tmp_path):
     path = str(tmp_path / 'b.gif')
-    with pytest.raises(ValueError, match='joints'):
-        draw.draw_gif(joints, path, 'nothing')
+    with pytest.raises(ValueError):
+        draw.draw_gif(np.full((5, 22, 3), np.nan), path, 'nothing')
     assert not os.path.exists(path)
+
+
+def test_the_part_that_plays_is_highlighted_and_an_edit_is_marked(tmp_path):
+    path = tmp_path / 'a.gif'
+    draw.draw_gif(body(40), str(path), [('walks', 0, 20), ('jumps', 20, 40)])
+    dark = draw.SIDE_COLOURS['middle']
+    with Image.open(path) as gif:
+        for t, bright, grey in ((5, 0, 1), (30, 1, 0)):
+            gif.seek(t)
+            pixels = np.array(gif.convert('RGB'))
+            lines = pixels[8:26], pixels[26:44]
+            assert dark in colours_of(lines[bright]) and dark not in colours_of(lines[grey])
+            halves = pixels[-5, 5:155], pixels[-5, 165:315]   # the spans
+            assert (halves[bright] == dark).all() and (halves[grey] == draw.SHADOW).all()
+
+
+@pytest.mark.parametrize('caption', ['walks and turns ' * 40, [('walks ' * 40, 0, 30)] * 9])
+def test_captions_take_at_most_a_quarter(tmp_path, caption):
+    draw.draw_gif(body(3), str(tmp_path / 'a.gif'), caption)
+    with Image.open(tmp_path / 'a.gif') as gif:
+        assert 340 < gif.height <= 340 * 4 / 3
 
 
 def test_msd_figure(tmp_path):
     path = tmp_path / 'msd.png'
     rng = np.random.default_rng(0)
-    draw.draw_msd(str(path), 'clip: "walks"', body(40), rng.random((10, 8)), rng.random(10), 20)
+    clip = ('clip: "walks"', body(40), rng.random((10, 8)), rng.random(10))
+    explain.draw_clips(str(path), [clip], 20)
     with Image.open(path) as figure:
         assert figure.size == (1210, 572)
+    explain.draw_clips(str(path), [clip] * 6, 20)
+    with Image.open(path) as figure:
+        assert figure.size[0] > 2000
 
 
 def test_mp4_needs_a_working_ffmpeg(tmp_path, monkeypatch):
