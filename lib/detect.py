@@ -34,7 +34,7 @@ def parse(text):
         if len(actions) != 1:
             return None
         action = actions[0]
-        words = set(re.findall(r"[a-z']+", re.sub(PATTERNS[action], '', clause)))
+        words = set(re.findall(r"[a-z0-9']+", re.sub(PATTERNS[action], '', clause)))
         if not words <= set(LANGUAGE['filler']):
             return None
 

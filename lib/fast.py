@@ -54,7 +54,7 @@ def forms_logits(x):
 
     On a CPU and up to 256 tokens that is faster: 4.3 ms a layer against 8.5 of the fused kernel.
     Otherwise scaled_dot_product_attention is used, and neither A nor S ever exists: at 4,096 tokens
-    2.5 s and 350 MB instead of 8.4 s and 10 GB (`bench.py --what=attention`).
+    2.5 s and 350 MB instead of 8.4 s and 10 GB (LOG.md).
     """
     return not x.is_cuda and x.shape[1] <= 256
 

@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from functools import cache as once
 
 import numpy as np
 import torch
@@ -151,6 +152,7 @@ def cached_encode(captions, cache, make_tower, device):
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, DIM)
 
 
+@once
 def clip_tower(pretrained='openai', device='cpu'):
     """The frozen CLIP text encoder: a function from a list of N captions to (N, 512) float32,
     un-normalized. pretrained=None: random weights, for tests."""
