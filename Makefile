@@ -23,10 +23,12 @@ data/toy/meta.json: .venv/ready
 
 $(DONE)-vq: data/toy/meta.json
 	$(PY) train_vq.py config/toy.py $(call resume,vq)
+	$(PY) sample.py config/toy.py --reconstruct=toy-20000012
 	touch $@
 
 $(DONE)-mask: $(DONE)-vq
 	$(PY) train_mask.py config/toy.py $(call resume,mask)
+	$(PY) sample.py config/toy.py --prompt="a person jumps" --length=60 --samples_dir=out/toy/first
 	touch $@
 
 $(DONE)-res: $(DONE)-mask

@@ -31,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 import msd
-from generate import decoding_of, open_pipeline
+from generate import Pipeline, decoding_of, open_pipeline
 from lib import text
 from lib.bvh import MAX_FPS, write_bvh
 from lib.configurator import UserError, configure
-from lib.data import FRAMES_PER_TOKEN, load_split
+from lib.data import FRAMES_PER_TOKEN, load_meta, load_split
 from lib.detect import describe, parse, passes
 from lib.draw import draw_gif, draw_grid, draw_strip, gif_to_mp4
 from lib.explain import draw_attention, draw_clips, draw_explained
@@ -44,6 +44,7 @@ from lib.motion import SKELETONS, features_to_joints
 from lib.report import say
 from lib.runtime import must_be_writable, read_text, setup
 from lib.takes import take_settings
+from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
 data = 'toy'
@@ -58,6 +59,7 @@ unit = ''                    # m, cm, mm, inch or metres; '' is what fits a body
 up = ''                      # the axis that points up; '' finds it
 root = ''                    # of a BVH file with several roots: a name, or 1, 2 ...
 msd_of = ''                  # draw the MSD of these clips of the data set instead: a,b,c
+reconstruct = ''             # draw this clip beside its reconstruction by the tokenizer instead
 explain = False              # also draw how the motion was filled in, attention, what is complex
 length = 0                   # frames; 0 asks the length estimator
 repeats = 1                  # motions per prompt
@@ -92,11 +94,11 @@ def omega_of(f):
     return msd.complexity(f, pipe.mask.config.omega)
 
 
-def draw_msd_of(names):
-    """Real clips, with phi_t (Eq 7) and Omega(t) (Eq 8) of their base tokens
-    -> out_dir/msd_<names>.png"""
+def real_clips(names):
+    """Clips of the data set -> [(name and caption, features (T, D), joints (T, J, 3))]"""
     folder = os.path.join('data', data)
-    splits = [load_split(folder, name) for name in pipe.meta['counts']]
+    meta, _, _ = load_meta(folder)
+    splits = [load_split(folder, name) for name in meta['counts']]
     clips = []
     for name in names:
         split = next((split for split in splits if name in split.names), None)
@@ -107,12 +109,32 @@ def draw_msd_of(names):
         title = name
         if split.n_captions[i]:
             title += f': "{split.captions[split.first_caption[i]]["text"]}"'
-        ids = pipe.tokenize(np.array(split.clip(i)))
-        f, _ = pipe.mask.spectrum(ids[None, :, 0])
-        joints = features_to_joints(np.array(split.clip(i)), pipe.meta['n_joints'])
+        features = np.array(split.clip(i))
+        clips.append((title, features, features_to_joints(features, meta['n_joints'])))
+    return clips
+
+
+def draw_msd_of(names):
+    """Real clips, with phi_t (Eq 7) and Omega(t) (Eq 8) of their base tokens
+    -> out_dir/msd_<names>.png"""
+    clips = []
+    for title, features, joints in real_clips(names):
+        f, _ = pipe.mask.spectrum(pipe.tokenize(features)[None, :, 0])
         clips.append((title, joints, msd.descriptor(f)[0].numpy(), omega_of(f)[0].numpy()))
     path = os.path.join(out_dir, f'msd_{"_".join(names)[:100]}.png')
     draw_clips(path, clips, data_fps)
+    print(f'written to {path}')
+
+
+def draw_reconstruction(name):
+    """A real clip beside what the tokenizer makes of it -> out_dir/reconstruction_<name>.gif. Needs
+    no transformer."""
+    (title, features, joints), = real_clips([name])
+    meta, _, _ = load_meta(os.path.join('data', data))
+    tokenizer = load_tokenizer(os.path.join(out_dir, 'vq.pt'))
+    pipe = Pipeline(tokenizer, None, None, None, '', meta)
+    path = os.path.join(out_dir, f'reconstruction_{name}.gif')
+    draw_grid([(title, joints), ('from its tokens', pipe.joints(pipe.tokenize(features)))], path)
     print(f'written to {path}')
 
 
@@ -319,6 +341,9 @@ def report(job, spans, positions):
 
 
 torch.set_grad_enabled(False)
+if reconstruct:
+    draw_reconstruction(reconstruct)
+    sys.exit()
 run = setup(device, dtype, seed)
 pipe = open_pipeline(config, data, out_dir, run.device)
 skeleton = SKELETONS[pipe.meta['skeleton']]

@@ -31,7 +31,8 @@ out_dir = ''                 # '' is out/study_<names of the config files>
 configure(globals())
 # -----------------------------------------------------------------------------
 # A variant: settings of train_mask.py and of config/decoding.py
-OFF = dict(spectral_attn=False, mask_by='random', das_sampling=False, msd_decode='kept')
+OFF = dict(spectral_attn=False, mask_by='random', das_sampling=False, msd_decode='kept',
+           temperature=1.0)
 ATTENTION = OFF | dict(spectral_attn=True)
 CFS = OFF | dict(mask_by='msd')
 BOTH = CFS | dict(spectral_attn=True)

@@ -31,7 +31,11 @@ dropout = 0.05               # 0.2 was level in the first 1,000 steps
 mask_iters = 4000
 res_iters = 3000
 eval_every = 500
-# decoding
+# decoding: DynMask's (III) on the model's own guess, at the same mean temperature, is better on
+# complex motion (RESULTS.md); (I) and (II) are level at best and stay off
+das_sampling = True
+msd_decode = 'guess'
+temperature = 0.8            # times 1 + beta b, which is 1.25 on average
 examples = 'config/bandai_prompts.txt'   # of the page
 cond_scale = 2.0
 res_scale = 1.0              # 5 is worse than no residual layers: LOG.md

@@ -26,6 +26,10 @@ mask_iters = 1100
 res_iters = 400
 len_iters = 700
 eval_every = 500
-# decoding
+# decoding: DynMask's (III) on the model's own guess, at the same mean temperature, is better on
+# complex motion (RESULTS.md); (I) and (II) are level at best and stay off
+das_sampling = True
+msd_decode = 'guess'
+temperature = 0.8            # times 1 + beta b, which is 1.25 on average
 cond_scale = 3.0             # picked on val: 2, 3, 4
 res_scale = 1.0              # 5 is worse than no residual layers: LOG.md
