@@ -292,6 +292,8 @@ def write_rotations(path, names, parents, offsets, local, root, fps):
     def write_joint(j, depth):
         tab = '  ' * depth
         offset = 'OFFSET {:.4f} {:.4f} {:.4f}'.format(*offsets[j])
+        level = [1, 0, 1] if names[j].endswith('foot') else 1   # toes would go through the floor
+        site = 'OFFSET {:.4f} {:.4f} {:.4f}'.format(*offsets[j] * level)
         channels = '3' if j else '6 Xposition Yposition Zposition'
         lines.extend([f'{tab}{"JOINT" if j else "ROOT"} {names[j]}', f'{tab}{{',
                       f'{tab}  {offset}', f'{tab}  CHANNELS {channels} {turn}'])
@@ -300,7 +302,7 @@ def write_rotations(path, names, parents, offsets, local, root, fps):
         for child in children:
             write_joint(child, depth + 1)
         if not children:
-            lines.append(f'{tab}  End Site\n{tab}  {{\n{tab}    {offset}\n{tab}  }}')
+            lines.append(f'{tab}  End Site\n{tab}  {{\n{tab}    {site}\n{tab}  }}')
         lines.append(f'{tab}}}')
 
     write_joint(0, 0)

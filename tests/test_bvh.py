@@ -167,3 +167,14 @@ def test_real_clips_keep_their_joints_within_a_centimetre(tmp_path):
         error = np.linalg.norm(back / 100 - joints, axis=-1)
         assert error.max() < 0.01
         assert error.mean() < 0.001
+
+
+def test_the_last_bone_of_a_foot_is_level(tmp_path):
+    """An end site as steep as the foot would be a toe's length below the floor."""
+    path = str(tmp_path / 'a.bvh')
+    write_bvh(path, toy.make_clip(5)['joints'], SMPL)
+    names, parents, offsets, channels, frames, _ = read_bvh(path)
+    joints = bvh_to_joints(parents, offsets, channels, frames)
+    for name in ('left_foot', 'right_foot'):
+        toe, site = (np.median(joints[:, names.index(j), 1]) for j in (name, f'{name}_end'))
+        assert abs(site - toe) < 1   # cm
