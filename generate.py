@@ -394,13 +394,13 @@ def official_pipeline(root, dataset='t2m', text_encoder='clip', mask_name='', re
 def load_pipeline(out_dir, device='cpu', mask_file='mask.pt'):
     """The Pipeline of what the training scripts wrote into out_dir. UserError where the networks do
     not share a tokenizer or a text mode."""
-    config = f'config/{os.path.basename(os.path.normpath(out_dir))}.py'
     found = {}
     for kind, name in (('mask', mask_file), ('res', 'res.pt'), ('len', 'len.pt')):
         path = os.path.join(out_dir, name)
         if kind == 'mask' or os.path.exists(path):
             stage = '' if kind == 'mask' else f' --stage={kind}'
-            found[kind] = load(path, f'run `python train_mask.py {config}{stage}` first', kind,
+            hint = f'run `python train_mask.py{stage}` with this config first'
+            found[kind] = load(path, hint, kind,
                                ('config', 'model', 'settings', 'meta', 'vq', 'vq_hash', 'val'))
 
     # a copied folder has its own vq.pt; a run with --vq=... has the tokenizer elsewhere

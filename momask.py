@@ -190,6 +190,8 @@ def statistics(folder, dim):
 
 def only_folder(root, dataset, prefix):
     """The name of the only folder under <root>/<dataset> that starts with prefix."""
+    if not root:
+        raise UserError('--momask_root is missing: give the folder of the official weights.')
     folder = Path(root, dataset)
     found = sorted(path.name for path in folder.glob(f'{prefix}*'))
     if len(found) != 1:

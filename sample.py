@@ -78,6 +78,8 @@ reading = take_settings(joints, unit, up, root)
 if bool(source) != bool(edit or then):
     raise UserError('Editing needs --source=motion.npy together with --edit=0.4:0.7 or '
                     '--then=motion.npy.')
+if edit and (then or length):
+    raise UserError('--edit regenerates a span: leave --then and --length out.')
 if fps and not 1 <= fps <= MAX_FPS:
     raise UserError(f'--fps is {fps:g}, expected 1 to {MAX_FPS} frames per second.')
 
@@ -123,7 +125,7 @@ def draw_msd_of(names):
         clips.append((title, joints, msd.descriptor(f)[0].numpy(), omega_of(f)[0].numpy()))
     path = os.path.join(out_dir, f'msd_{"_".join(names)[:100]}.png')
     draw_clips(path, clips, data_fps)
-    print(f'written to {path}')
+    say(f'written to {path}')
 
 
 def draw_reconstruction(name):
@@ -135,7 +137,7 @@ def draw_reconstruction(name):
     pipe = Pipeline(tokenizer, None, None, None, '', meta)
     path = os.path.join(out_dir, f'reconstruction_{name}.gif')
     draw_grid([(title, joints), ('from its tokens', pipe.joints(pipe.tokenize(features)))], path)
-    print(f'written to {path}')
+    say(f'written to {path}')
 
 
 def draw_explanation(name, caption, ids, filled, positions):
@@ -243,7 +245,7 @@ def edited(jobs):
     """
     takes = {path: pipe.read_motion(path, reading) for path in (source, then) if path}
     for path, (_, notes) in takes.items():
-        print(f'{path}: {"; ".join(notes)}')
+        say(f'{path}: {"; ".join(notes)}')
     ids = takes[source][0]
     following = takes[then][0] if then else ids[:0]
     results = []
@@ -362,7 +364,7 @@ captions = [' | '.join(words for words, _ in job) for job in jobs]
 with run.autocast():
     results = edited(jobs) if source else generated(jobs)
 motions = [pipe.joints(ids, footlock) for ids, *_ in results]   # in the data set's unit
-print(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
+say(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
       f'{time.perf_counter() - clock:.1f} s on {run.device}')
 
 # files
@@ -397,13 +399,15 @@ if pipe.meta['name'] == 'toy':
                 for job, (_, spans, _), positions in zip(jobs, results, motions)]
     counted = [verdict for verdict in verdicts if verdict is not None]
     if counted:
-        print(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
+        say(f'{sum(counted)} of {len(counted)} motions do what their prompts say')
 for caption in dict.fromkeys(captions):
     if pipe.unseen(caption):
         say(f"'{caption}': {pipe.unseen(caption)}")
+if pipe.res is None:
+    say('without residual layers, because there is no res.pt: train it with --stage=res')
 if explain and not pipe.teacher:
-    print("no curve of what is 'hard': this model was trained without HGM3's teacher "
+    say("no curve of what is 'hard': this model was trained without HGM3's teacher "
           '(--mask_by=loss)')
-print(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')
+say(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')
 if problems:
     sys.exit('\n'.join(f'{problem} (left out)' for problem in problems))

@@ -10,7 +10,6 @@ transformers never runs the encoder.
 import math
 import os
 import random
-import sys
 import time
 import warnings
 from dataclasses import asdict
@@ -261,5 +260,5 @@ if run.main:
         path = os.path.join(folder, f'tokens_{tokenizer.fingerprint()}_{name}.npz')
         cached_tokens(tokenizer, split, path, run.device)
     print(f'{out_dir}/vq.pt: val loss {best:.4f} on windows of {window_frames} frames. '
-          f'Next: python train_mask.py {" ".join(sys.argv[1:])}')
+          'Next: python train_mask.py with the same config.')
 leave(run)

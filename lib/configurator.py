@@ -124,7 +124,7 @@ def convert(key, value, default, where, allowed=()):
     if type(value) in (int, float):
         low, high = LIMITS.get(key, (0 if default >= 0 else -math.inf, math.inf))
         if not low <= value <= high or math.isinf(value):   # nor is NaN within them
-            raise UserError(f'{problem} a number from {low:.10g} to {high:.10g}.')
+            raise UserError(f'{problem} a finite number from {low:.10g} to {high:.10g}.')
     return value
 
 
@@ -153,7 +153,7 @@ def read_config_file(path, defaults, allowed={}):
                         '--key=value.')
     assigned = {}
     try:
-        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), assigned)
+        exec(compile(Path(path).read_text(encoding='utf-8-sig'), path, 'exec'), assigned)
     except (Exception, SystemExit) as e:
         why = ' '.join(str(e).split())
         raise UserError(f'{path} is not a config file: {type(e).__name__}: {why:.200}.') from None

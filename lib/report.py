@@ -1,5 +1,6 @@
 """Results of the evaluation scripts: a JSON file first, then tables on the terminal, so that a
 terminal that cannot show them loses nothing."""
+import contextlib
 import json
 import os
 import sys
@@ -33,13 +34,13 @@ def refuse_other_files(path):
     """UserError unless results can be written to path: if a file is there, it must be one of
     `write_results`, never a checkpoint or notes."""
     must_be_writable(path)
-    try:
-        with open(path, encoding='utf-8') as f:
-            is_result = {'rows', 'per_repeat', 'settings'} <= json.load(f).keys()
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return
-    except (OSError, ValueError, AttributeError):
-        is_result = False
+    is_result = False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if os.path.isfile(path):   # a device may have no end
+            with open(path, encoding='utf-8') as f:
+                is_result = {'rows', 'per_repeat', 'settings'} <= json.load(f).keys()
     if not is_result:
         raise UserError(f'{path} is there already and holds no results of eval_t2m.py: give '
                         'another --eval_json.')

@@ -164,7 +164,7 @@ class Losses:
         """UserError unless a value measured after a step on this batch is finite."""
         if not math.isfinite(value):
             clips = ', '.join(sorted(set(self.names(batch)))[:64])
-            raise UserError(f'The {what} is {value} at step {step}; saved is the last evaluation: '
+            raise UserError(f'The {what} is {value} at step {step}, so nothing more was saved: '
                             f'{self.hint}, or check the clips of that batch, {clips}.')
 
 
@@ -237,7 +237,8 @@ def read(path, hint, open_it):
             raise ValueError('missing, or not a file')
         return open_it(path)
     except Exception as e:
-        why = ' '.join(str(e).split()) or type(e).__name__
+        why = ' '.join(str(e).split())
+        why = why if re.search('[a-z]', why) else type(e).__name__
         why = re.sub(r'torch\.Size\(\[(.*?)\]\)', r'(\1)', why)
         if re.search('pickle|weights.only', why, re.IGNORECASE):   # it would advise to run the code
             why = 'damaged, or more than plain data; code in it was not run'
@@ -400,11 +401,13 @@ def open_run(run, folder, kind, config, iters, keys=(), **identity):
     resumes = config['init_from'] == 'resume'
     if not resumes and not os.path.exists(path):
         path = os.path.join(folder, f'{kind}.pt')
-    if not resumes and (config['overwrite'] or not os.path.exists(path)):
+    if not resumes and not os.path.exists(path):
         return None
 
     keys = ('it', 'model', 'settings', *keys) if resumes else ()
-    checkpoint = load(path, 'leave out --init_from, or give --overwrite=True', kind, keys)
+    checkpoint = load(path, 'move it away, or give another --out_dir', kind, keys)
+    if config['overwrite'] and not resumes:
+        return None
     was = {**checkpoint, **checkpoint.get('settings', {})}
     changed = ', '.join(f'{key} was {was[key]}, now {value}'
                         for key, value in {**config, **identity}.items()

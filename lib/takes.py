@@ -144,7 +144,8 @@ def _read_array_file(path):
         arrays = {'joints': read_array(path, 'expected joints or features as .npy')}
     else:
         arrays = read(path, 'expected joints (T, J, 3)', lambda path: dict(np.load(path)))
-        arrays = {key: array for key, array in arrays.items() if array.dtype.kind in 'fi'}
+        arrays = {key: array for key, array in arrays.items()
+                  if isinstance(array, np.ndarray) and array.dtype.kind in 'fi'}
     rates = [arrays[key].item() for key in ('fps', 'mocap_framerate', 'mocap_frame_rate')
              if key in arrays and arrays[key].size == 1 and arrays[key] > 0]
 

@@ -26,6 +26,8 @@ def test_results_are_written_and_shown(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             report.refuse_other_files(tmp_path / name)
+    with pytest.raises(UserError, match='/dev/full'):   # reading it would never end
+        report.refuse_other_files('/dev/full')
 
     out = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     monkeypatch.setattr(sys, 'stdout', out)

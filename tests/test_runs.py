@@ -15,6 +15,7 @@ from conftest import PROJECT, heed_ctrl_c
 from test_damage import sentence
 from test_train import CONFIG, folder, load, out_dir, run, run_script_with, train   # noqa: F401
 
+from lib.configurator import read_config_file
 from lib import runtime
 from lib.data import digest
 
@@ -50,7 +51,8 @@ def test_a_run_from_scratch_leaves_another_alone(tmp_path, name):
     assert start(tmp_path, overwrite=True) is None
     (tmp_path / name).write_bytes(b'of another program')
     sentence(lambda: start(tmp_path), name)
-    assert start(tmp_path, overwrite=True) is None
+    sentence(lambda: start(tmp_path, overwrite=True), name)
+    assert (tmp_path / name).read_bytes() == b'of another program'
 
 
 @pytest.mark.parametrize('key, value', [
@@ -252,3 +254,8 @@ def test_a_signal_ends_training_in_one_sentence(folder, number, code):   # noqa:
     assert said.count('erminated.') + said.count('nterrupted.') == 1
     assert load(folder / out / 'mask_last.pt')['it'] > 0
     assert not list((folder / out).glob('.*.tmp'))
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / 'notepad.py').write_bytes(b'\xef\xbb\xbfseed = 3\r\n')
+    assert read_config_file(str(tmp_path / 'notepad.py'), {'seed': 0}) == {'seed': 3}

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 from lib import toy
@@ -370,6 +371,9 @@ def test_what_an_array_must_tell(tmp_path):
     np.savez(tmp_path / 'a.npz', poses=np.zeros((50, 156)), trans=np.zeros((50, 3)))
     with pytest.raises(UserError, match='a.npz .*joints'):
         read_take(tmp_path / 'a.npz', fps=20)
+    torch.save({'model': torch.zeros(3)}, tmp_path / 'net.npz')
+    with pytest.raises(UserError, match='net.npz'):
+        read_take(tmp_path / 'net.npz', fps=20)
     for fps in (None, 1e5):
         with pytest.raises(UserError, match='a.npy .*--fps'):
             read_take(array_of(tmp_path, CLIP), fps=fps)
