@@ -15,8 +15,8 @@ from conftest import PROJECT, heed_ctrl_c
 from test_damage import sentence
 from test_train import CONFIG, folder, load, out_dir, run, run_script_with, train   # noqa: F401
 
-from lib.configurator import read_config_file
 from lib import runtime
+from lib.configurator import read_config_file
 from lib.data import digest
 
 MAIN = SimpleNamespace(main=True)
