@@ -47,7 +47,7 @@ def commands(path):
     variables = {}
     found = []
     for line in COMMAND.findall(text) + INLINE.findall(text):
-        line = re.sub(r'\$(\w)', lambda match: variables[match[1]], line)
+        line = re.sub(r'\$(\w)', lambda match: variables.get(match[1], match[0]), line)
         words = shlex.split(re.split('   +', line)[0], comments=True)   # a comment begins there
         name, equals, value = words[0].partition('=')
         if equals:
