@@ -7,6 +7,7 @@
 Only this machine can open the page, unless --host says otherwise. Every visitor has a page of their
 own, and the browser keeps its motions: they outlast a reload and a restart of the server.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import contextlib
 import json
 import os

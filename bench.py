@@ -9,6 +9,7 @@ network in float32.) Weights and data are random, at the official sizes; time do
 their values. Every figure is a median of runs taken in turn (A B C, A B C, ...), because machines
 are noisy.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import contextlib
 import json
 import os

@@ -8,6 +8,7 @@ Editing: a part of each real clip is regenerated for the clip's own caption. For
 two generated motions one after the other, with or without regenerating their seam. An invisible
 seam has the same speed and acceleration as the frames inside.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import os
 
 import numpy as np

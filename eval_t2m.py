@@ -12,6 +12,7 @@ One repeat: shuffle the test clips, draw one caption of each, drop the last part
 embed, compare.  Rows: real motion, tokenizer reconstruction, base tokens only, full. RESULTS.md,
 "Protocol", lists every difference from the reference code.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import os
 import time
 

@@ -11,6 +11,7 @@
 gives (name, features (T, D), captions) for each clip to `write_dataset`; a caption is a dict with
 text and tokens. A UserError about one clip skips and counts it.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import argparse
 import contextlib
 import csv

@@ -14,6 +14,7 @@ installed), a PNG of its poses, joints (T, J, 3) as .npy, and rotations of a bod
 lengths as .bvh, in centimetres, and as .glb if pygltflib is installed. Same seed, same motion.
 Lines of a prompt file that cannot be used are reported, and the exit code is then 1.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import glob
 import hashlib
 import importlib.util

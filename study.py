@@ -9,6 +9,7 @@ that residual layers hide nothing), with the data set's own tokenizer and evalua
 exist. Variants that differ only in decoding share a network. Finished runs are not repeated. A cell
 is the mean over seeds ± half the range of the seeds.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import json
 import os
 import runpy

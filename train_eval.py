@@ -11,6 +11,7 @@ paper's margin loss on one mismatched pair it was 0.65.)
 Writes evaluator.pt (best R-precision on val), evaluator_last.pt (for resuming) and evaluator.json,
 the R-precision of real and of mismatched test pairs.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import json
 import math
 import os

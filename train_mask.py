@@ -9,6 +9,7 @@
 Token ids and text vectors are computed once and stay on the device, so a training step consists of
 look-ups and one transformer.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import math
 import os
 import random

@@ -7,6 +7,7 @@ Writes out_dir/vq.pt (best validation loss), vq_last.pt (to resume from), and th
 training and validation clips, data/<data>/tokens_<hash>_<split>.npz, so that training the
 transformers never runs the encoder.
 """
+import lib.configurator   # first, to catch Ctrl-C during the imports
 import math
 import os
 import random

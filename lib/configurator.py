@@ -79,6 +79,8 @@ def install_error_hook():
     sys.excepthook = hook
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)
+        if signal.getsignal(signal.SIGINT) is stop_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def settings_lines(path):
@@ -189,3 +191,17 @@ def configure(g, argv=None, shared=False):
         read = read_argument if arg.startswith('--') else read_config_file
         g.update(read(arg, defaults, allowed))
     return {key: g[key] for key in defaults}
+
+
+def stop_at_once(number, _):
+    """End a script during its imports, where nothing needs to be cleaned up. (An exception in the
+    middle of importing numpy or torch becomes another error.)"""
+    word = 'Interrupted.' if number == signal.SIGINT else 'Terminated.'
+    print(word, file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+if os.path.isfile(sys.argv[0]) and os.path.dirname(os.path.abspath(sys.argv[0])) == ROOT:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop_at_once)

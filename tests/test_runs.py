@@ -1,7 +1,9 @@
 """Runs never damage another run's files, and keep their own checkpoints when they diverge. Places
 that cannot be written are refused before the work."""
+import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,3 +261,19 @@ def test_a_signal_ends_training_in_one_sentence(folder, number, code):   # noqa:
 def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / 'notepad.py').write_bytes(b'\xef\xbb\xbfseed = 3\r\n')
     assert read_config_file(str(tmp_path / 'notepad.py'), {'seed': 0}) == {'seed': 3}
+
+
+@pytest.mark.parametrize('number, word', [(2, 'Interrupted.'), (15, 'Terminated.')])
+def test_signals_while_a_script_imports(number, word):
+    """Every script imports the configurator first, so that this holds for its other imports."""
+    code = (f'import os, sys; sys.argv = ["{PROJECT}/sample.py"]; import lib.configurator; '
+            f'os.kill(os.getpid(), {number}); import torch')
+    p = subprocess.run([sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True,
+                       preexec_fn=heed_ctrl_c)
+    assert (p.returncode, p.stderr) == (128 + number, f'{word}\n')
+    for path in glob.glob(os.path.join(PROJECT, '*.py')):
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+        if 'configure(globals()' in text:
+            assert re.search(r'^(import|from) .*', text, re.MULTILINE)[0].startswith(
+                'import lib.configurator')
