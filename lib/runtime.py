@@ -238,7 +238,7 @@ def read(path, hint, open_it):
         return open_it(path)
     except Exception as e:
         why = ' '.join(str(e).split())
-        why = why if re.search('[a-z]', why) else type(e).__name__
+        why = why if re.search('[a-z]', why) else f'damaged, {type(e).__name__}'
         why = re.sub(r'torch\.Size\(\[(.*?)\]\)', r'(\1)', why)
         if re.search('pickle|weights.only', why, re.IGNORECASE):   # it would advise to run the code
             why = 'damaged, or more than plain data; code in it was not run'
