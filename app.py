@@ -292,7 +292,7 @@ class Page:
         self.draw()
 
     def restore(self):
-        """Show again what the browser has kept. An exception where that is nothing, or damaged."""
+        """Show what the browser has kept. Raises if it kept nothing, or damaged data."""
         kept = json.loads(self.client.local_storage.get_item(storage_key, timeout=5))
         self.choose({title: [motion_of(torch.tensor(ids, device=run.device), parts)
                              for ids, parts in motions] for title, motions in kept}, kept[-1][0])

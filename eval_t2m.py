@@ -9,7 +9,7 @@ r"""The evaluation protocol of Guo et al. 2022 on generated motion, with 95% int
     python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints
 
 One repeat: shuffle the test clips, draw one caption of each, drop the last partial batch of 32,
-embed, compare.  Rows: real motion, tokenizer reconstruction, base tokens only, full. RESULTS.md,
+embed, compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. RESULTS.md,
 "Protocol", lists every difference from the reference code.
 """
 import lib.configurator   # first, to catch Ctrl-C during the imports

@@ -15,6 +15,7 @@ lengths as .bvh, in centimetres, and as .glb if pygltflib is installed. Same see
 Lines of a prompt file that cannot be used are reported, and the exit code is then 1.
 """
 import lib.configurator   # first, to catch Ctrl-C during the imports
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -45,6 +46,7 @@ from lib.motion import SKELETONS, features_to_joints
 from lib.report import say
 from lib.runtime import must_be_writable, read_text, setup
 from lib.takes import take_settings
+from masking import dynamics
 from vq import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -92,22 +94,18 @@ SEAM = 10              # frames before and after a part in which what it asks fo
 # ------------------------------------------------------------------------------------- explanations
 
 
-def omega_of(f):
-    """Eq 8 (B, n) of a spectrum f (B, n, W), as the model computes it."""
-    return msd.complexity(f, pipe.mask.config.omega)
-
-
 def real_clips(names):
     """Clips of the data set -> [(name and caption, features (T, D), joints (T, J, 3))]"""
     folder = os.path.join('data', data)
     meta, _, _ = load_meta(folder)
-    splits = [load_split(folder, name) for name in meta['counts']]
+    open_split = functools.cache(functools.partial(load_split, folder))
+    small_first = sorted(meta['counts'], key=meta['counts'].get)   # opening one reads all of it
     clips = []
     for name in names:
-        split = next((split for split in splits if name in split.names), None)
+        split = next((split for split in map(open_split, small_first) if name in split.names), None)
         if split is None:
             raise UserError(f'data/{data} has no clip named {name}; names look like '
-                            f'{splits[0].names[0]}.')
+                            f'{open_split(small_first[0]).names[0]}.')
         i = split.names.tolist().index(name)
         title = name
         if split.n_captions[i]:
@@ -123,7 +121,8 @@ def draw_msd_of(names):
     clips = []
     for title, features, joints in real_clips(names):
         f, _ = pipe.mask.spectrum(pipe.tokenize(features)[None, :, 0])
-        clips.append((title, joints, msd.descriptor(f)[0].numpy(), omega_of(f)[0].numpy()))
+        omega = msd.complexity(f, pipe.mask.config.omega)
+        clips.append((title, joints, msd.descriptor(f)[0].numpy(), omega[0].numpy()))
     path = os.path.join(out_dir, f'msd_{"_".join(names)[:100]}.png')
     draw_clips(path, clips, data_fps)
     say(f'written to {path}')
@@ -153,7 +152,7 @@ def draw_explanation(name, caption, ids, filled, positions):
     base = ids[None, :, 0]
     everything = torch.ones_like(base, dtype=torch.bool)
     f, seen = pipe.mask.spectrum(base)
-    omega = msd.zscore(omega_of(f), everything)[0].cpu()
+    omega = dynamics(pipe.mask, base, everything)[0].cpu()
     c, role = (x.to(pipe.device) for x in pipe.encode_text([caption]))
     hard = None
     if pipe.teacher:
@@ -187,7 +186,10 @@ def read_parts(line):
         if mark and not re.fullmatch('[0-9]{1,5}|NA', frames, re.IGNORECASE):
             raise UserError(f"'{frames:.60}' behind # is not a number of frames; expected "
                             'text#frames or text#NA.')
-        frames = length if not mark else int(frames) if frames.isdecimal() else 0
+        if mark:
+            frames = int(frames) if frames.isdecimal() else 0
+        else:
+            frames = length
         if frames and not FRAMES_PER_TOKEN <= frames <= longest:
             raise UserError(f"the length of '{words:.60}' is {frames} frames, expected 4 to "
                             f'{longest} ({longest / data_fps:.1f} s at {data_fps} fps), or 0 to '

@@ -34,10 +34,10 @@ LIMITS = {key: (low, high) for low, high, keys in (
     (0, 10**9, 'ev_ae_steps'),
     (1, 10**6, 'steps clips'),
     (1, 10**4, 'repeats rounds seeds pooled'),
-    (0, 10**4, 'mm_batches warm length gen_batch'),
-    (1, 2**14, 'batch_size vq_batch ev_batch batch prompts_at_once window_frames frames max_tokens '
-               'latent ff text_dim dim width vq_width code_dim ev_movement ev_code '
-               'ev_motion_hidden ev_text_hidden ev_out'),
+    (0, 10**4, 'mm_batches length gen_batch'),
+    (1, 2**14, 'batch_size vq_batch ev_batch batch prompts_at_once window_frames frames latent '
+               'ff text_dim dim width vq_width code_dim ev_movement ev_code ev_motion_hidden '
+               'ev_text_hidden ev_out'),
     (1, 128, 'n_layers n_heads n_quantizers window'),
     (2, 2**15, 'n_codes'),   # token ids are int16
     (0, 64, 'r_exp neighbours overlap'),

@@ -295,7 +295,7 @@ def _t_pose_frames(at):
         leg = unit_vectors(at[f'{side}_hip'] - at[f'{side}_ankle'])
         is_t &= (np.vecdot(arm, outwards) > 0.9) & (np.vecdot(leg, axis) > 0.85)
         arms.append(arm)
-    n = is_t.argmin()   # the first frame that is none; 0 if all are
+    n = is_t.argmin()   # the first frame that is not a T-pose; 0 if all are
     stays = min(arm[n - 1] @ arm[n] for arm in arms)
     return n if n < len(is_t) - 1 and stays < math.cos(math.radians(15)) else 0
 

@@ -15,11 +15,11 @@ One of two frozen encoders turns them into vectors:
     'hash'  a hashed bag of words and of word pairs, which encode the order ("then kicks"). No
             weights; enough for toy and bandai, whose language is a small grammar
 """
+import functools
 import hashlib
 import os
 import re
 from collections import Counter
-from functools import cache as once
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def cached_encode(captions, cache, make_tower, device):
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, DIM)
 
 
-@once
+@functools.cache
 def clip_tower(pretrained='openai', device='cpu'):
     """The frozen CLIP text encoder: a function from a list of N captions to (N, 512) float32,
     un-normalized. pretrained=None: random weights, for tests."""

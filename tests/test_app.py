@@ -259,7 +259,7 @@ def test_other_pages_cannot_connect(app, origin, host, status):
         connection.putheader(name, value)
     connection.endheaders()
     assert connection.getresponse().status == status
-    assert app.server.request_share_url() is None   # nobody can publish the page
+    assert app.server.request_share_url() is None   # the page cannot be published
     connection.close()
 
 
