@@ -22,7 +22,7 @@ from conftest import PROJECT, PYTHON, TORCHRUN, run_script
 
 from generate import load_pipeline
 from lib import toy
-from lib.data import save_meta, save_split
+from lib.data import load_split, save_meta, save_split
 from lib.motion import SKELETONS, features_to_joints, joints_to_features
 from vq import RVQVAE, VQConfig
 
@@ -271,6 +271,16 @@ def test_evaluation_of_a_tokenizer_alone_and_foot_slide(folder):
         '--repeats=1')
     rows = json.loads((folder / out / 'eval_tiny_test.json').read_text())['rows']
     assert list(rows) == ['real motion', 'tokenizer']
+
+
+def test_pictures_of_clips(folder):
+    """The first clips of two splits side by side; a clip beside its reconstruction."""
+    data = str(folder / 'data' / 'tiny')
+    names = [load_split(data, split).names[0] for split in ('train', 'test')]
+    run(folder, 'sample.py', CONFIG, f'--msd_of={",".join(names)}')
+    assert (folder / 'out' / 'tiny' / f'msd_{"_".join(names)}.png').exists()
+    run(folder, 'sample.py', CONFIG, f'--reconstruct={names[0]}')
+    assert (folder / 'out' / 'tiny' / f'reconstruction_{names[0]}.gif').exists()
 
 
 @pytest.mark.skipif(not os.path.isdir(GOLDEN),
