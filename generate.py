@@ -10,7 +10,6 @@ B prompts, N tokens of the longest, V codes. Text is c (B, m, 512) with role (B,
 """
 import math
 import os
-import re
 
 import numpy as np
 import torch
@@ -21,16 +20,13 @@ import msd
 from lib.bvh import fit_rotations
 from lib.configurator import UserError
 from lib.data import FRAMES_PER_TOKEN, equal_lengths
-from lib.motion import SKELETONS, features_to_joints, joints_to_features, lock_feet
+from lib.motion import SKELETONS, features_to_joints, lock_feet
 from lib.runtime import config_from, load, load_weights, read_json
-from lib.takes import read_take
-from lib.text import FUNCTION_WORDS, caption_vectors, stem, tag_table, tagged, words
+from lib.text import caption_vectors, tag_table, tagged, unseen_words
 from lib.toy_language import LANGUAGE
 from masking import gumbel_like, top_k
 from model import LengthEstimator, LossPredictor, MaskTransformer, ModelConfig, ResTransformer
 from vq import load_tokenizer
-
-MOST_LETTERS = 1000   # of a prompt that the scripts accept
 
 # ---------------------------------------------------------------------------- sampling and guidance
 
@@ -178,7 +174,7 @@ class Pipeline:
         self.vq, self.mask, self.res, self.length = networks
         self.text_encoder = text_encoder
         self.text = text
-        self.tags = tags       # the part of speech of each word; see `read_tags`
+        self.tags = tags       # see `read_tags`
         self.sentence_only = set()   # 'res', 'len': networks that read the sentence vector alone
         self.meta = meta
         self.val = None        # validation cross-entropy of the masked transformer
@@ -195,17 +191,9 @@ class Pipeline:
         return caption_vectors(prompts, self.text_encoder, self.text, tokens, cache or self.cache,
                                self.device)
 
-    def check_prompt(self, prompt):
-        """UserError for a prompt that is empty, too long, or that the text encoder cannot read."""
-        if not re.search(r'\w', prompt) or len(prompt) > MOST_LETTERS:
-            raise UserError(f"the prompt '{prompt:.30}' is empty, or longer than {MOST_LETTERS} "
-                            'characters: say what the person does, as in "a person walks".')
-        if self.text_encoder == 'hash' and not words(prompt):
-            raise UserError(f"'{prompt:.60}': I only read English letters.")
-
     def read_tags(self):
-        """The tags of the training captions by word stem: of the checkpoint if it was trained on
-        graphs, otherwise of the data set, and none where that is missing."""
+        """The part of speech of each word of the training captions, by stem: of the checkpoint if
+        it was trained on graphs, otherwise of the data set, and none where that is missing."""
         path = os.path.join('data', self.meta['name'], 'train_captions.json')
         if self.tags is None and os.path.exists(path):
             captions = read_json(path, 'prepare the data set again')
@@ -215,12 +203,12 @@ class Pipeline:
     def unseen(self, prompt):
         """A remark that names the words of a prompt that no training caption has, '' if there are
         none. CLIP knows most words by itself."""
-        tags = self.read_tags() if self.text_encoder == 'hash' else {}
-        new = [word for word in dict.fromkeys(words(prompt))
-               if tags and stem(word) not in tags and word not in FUNCTION_WORDS]
-        known = ', '.join(LANGUAGE['phrases']) if self.meta['name'] == 'toy' else ''
-        known = f'; the toy model knows {known}' if known else ''
-        return f'never seen in training: {", ".join(new)}{known}' if new else ''
+        if self.text_encoder == 'clip':
+            return ''
+        remark = unseen_words(prompt, self.read_tags())
+        if remark and self.meta['name'] == 'toy':
+            remark += f'; the toy model knows {", ".join(LANGUAGE["phrases"])}'
+        return remark
 
     @torch.no_grad()
     def lengths(self, c, role, seed=0):
@@ -258,23 +246,6 @@ class Pipeline:
             c, role = c[:, :1], role[:, :1]
         return generate_residual(self.res, ids, c, role, n, known, res_layers, res_scale,
                                  temperature=res_temperature, generator=g)
-
-    def read_motion(self, path, settings):
-        """A file of motion and how to read it (see lib/takes.py) -> its tokens (T // 4, Q), and
-        notes on how it was read (list of str)."""
-        skeleton, fps = SKELETONS[self.meta['skeleton']], self.meta['fps']
-        take = read_take(path, settings, fps, fps, skeleton)
-        if take.unused:
-            raise UserError(f'--joints has {", ".join(sorted(take.unused))}, which {path} has not: '
-                            'correct these names.')
-        if len(take.joints) <= FRAMES_PER_TOKEN:
-            raise UserError(f'{path} has {len(take.joints)} frames, expected more than '
-                            f'{FRAMES_PER_TOKEN}.')
-        joints = take.joints * skeleton.units_per_metre
-        joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up one
-        features = joints_to_features(joints, skeleton, steady=self.meta.get('steady', False),
-                                      contact_threshold=self.meta.get('contact_threshold'))
-        return self.tokenize(features.astype(np.float32)), take.notes
 
     def tokenize(self, features):
         """The tokens (T // 4, Q) of un-normalized features (T, D)."""

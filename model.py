@@ -14,6 +14,11 @@ role (B, m) int8 says what each of them is: 0 nothing (padding), 1 the sentence 
 graph the role of a node, negative if it is hidden (hgm3.py). Token ids: 0..V-1 codes, V = [MASK],
 V+1 = [PAD] (residual transformer: V = [PAD]).
 
+Masks (B, n) bool, the same words in all files: valid, no padding; known, neither [MASK] nor [PAD]
+(in generate.py the given ids themselves); seen, with a known velocity in its window (msd.py);
+chosen, hidden by training (masking.py); masked, hidden in this step of decoding, and wanted, to be
+generated (generate.py).
+
 With spectral_attn, rotary and neighbours off and random masks this is MoMask: official weights load
 (momask.py), and the reference code's outputs are reproduced (tests/test_model.py).
 """

@@ -45,7 +45,7 @@ from lib.gltf import write_glb
 from lib.motion import SKELETONS, features_to_joints
 from lib.report import say
 from lib.runtime import must_be_writable, read_text, setup
-from lib.takes import take_settings
+from lib.takes import read_features, take_settings
 from masking import dynamics
 from vq import load_tokenizer
 
@@ -195,7 +195,7 @@ def read_parts(line):
                             f'{longest} ({longest / data_fps:.1f} s at {data_fps} fps), or 0 to '
                             'let the length estimator choose; longer motion is made of parts: '
                             '--prompt="walk | turn | sit".')
-        pipe.check_prompt(words)
+        text.check_prompt(words, pipe.text_encoder)
         parts.append((words, frames))
     most = 1 if source else MOST_PARTS
     if len(parts) > most:
@@ -246,11 +246,13 @@ def edited(jobs):
     """Motions of one part each -> for each its tokens (n, Q), those of `source`, regenerated where
     `edit` says or continued up to `then`; the tokens [(first, end)] that its prompt is for; None.
     """
-    takes = {path: pipe.read_motion(path, reading) for path in (source, then) if path}
-    for path, (_, notes) in takes.items():
+    def read_tokens(path):
+        features, notes = read_features(path, reading, pipe.meta)
         say(f'{path}: {"; ".join(notes)}')
-    ids = takes[source][0]
-    following = takes[then][0] if then else ids[:0]
+        return pipe.tokenize(features)
+
+    ids = read_tokens(source)
+    following = read_tokens(then) if then else ids[:0]
     results = []
     for i, [(words, frames)] in enumerate(jobs):
         spans = read_spans(edit, len(ids)) if edit else []

@@ -233,11 +233,24 @@ def fit_rotations(joints, skeleton):
     return offsets, world, fitted
 
 
+def _bent_toes(world, offset, height):
+    """World rotations (T, 3, 3) of the last bone of a foot, at a height (T,) above the floor -> the
+    same, bent up where the end of that bone would be below the floor: when a heel is raised."""
+    bone = unit_vectors(offset * [1, 0, 1])   # level at rest, see `write_rotations`
+    aim = world @ bone
+    lowest = -height / np.linalg.norm(offset)
+    aim[:, 1] = np.maximum(aim[:, 1], lowest.clip(-1, 0))
+    aim[:, [0, 2]] *= np.sqrt((1 - aim[:, 1] ** 2) / (aim[:, [0, 2]] ** 2).sum(1))[:, None]
+    return _nearest_rotation(1000 * aim[:, :, None] * bone + 0.03 * world)
+
+
 def local_rotations(joints, skeleton, fps, new_fps):
     """Joints (T, J, 3) at fps -> offsets (J, 3), rotations relative to the parent (T', J, 3, 3) and
     root positions (T', 3) at new_fps. Rotations are interpolated as rotations (slerp), so bones
     keep their lengths between frames too."""
-    offsets, world, _ = fit_rotations(joints, skeleton)
+    offsets, world, fitted = fit_rotations(joints, skeleton)
+    for toe in skeleton.feet[1::2]:
+        world[:, toe] = _bent_toes(world[:, toe], offsets[toe], fitted[:, toe, 1])
     local = world[:, skeleton.parents].swapaxes(-1, -2) @ world
     local[:, 0] = world[:, 0]
     root = np.asarray(joints, dtype=np.float64)[:, 0]

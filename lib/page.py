@@ -2,11 +2,11 @@
 timeline as HTML, files to download, and the check of who connects."""
 import contextlib
 import html
-import os
 import re
 import tempfile
 import threading
 import traceback
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,10 +17,11 @@ from lib.draw import HEAD, LIMB, PATH, SHADOW, SIDE_COLOURS, draw_gif, gif_to_mp
 from lib.gltf import write_glb
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1', '[::1]')
-
 VIEW = np.array([0.45, 0.35, 0.8])       # direction from the look-at point to the camera
 ACROSS = np.array([0.87, 0.0, -0.49])    # from left to right in that view
 GAP = 0.6                                # metres between bodies
+LIGHT = {'floor': (229, 232, 237), 'shadow': SHADOW, **SIDE_COLOURS}
+DARK = {**LIGHT, 'floor': (54, 57, 64), 'shadow': (84, 88, 98), 'middle': (205, 209, 218)}
 TEXT_STYLE = 'margin: 0.3em 0.8em; font-size: 0.85em'
 busy = threading.Lock()                  # one action at a time, for all visitors
 
@@ -29,46 +30,61 @@ def paragraph(text, style=''):
     return f'<p style="{TEXT_STYLE}; {style}">{html.escape(str(text))}</p>'
 
 
-# viser has no setting for the title of the browser's tab
+# viser has no setting for the title of the browser's tab, and its HTML cannot call back. A click on
+# a strip therefore moves the slider with a certain label, as the mouse would.
+SCRIPT = html.escape("""
+document.title = 'DynMask'
+window.slide = (name, value) => {
+    const label = [...document.querySelectorAll('label')].find(label => label.textContent == name)
+    const root = document.getElementById(label?.htmlFor)
+    const thumb = root?.querySelector('[role=slider]')
+    if (!thumb) return
+    root.focus = () => {}   // which would scroll to the slider
+    const {ariaValueMin: low, ariaValueMax: high, parentElement: track} = thumb
+    const {left, width} = track.getBoundingClientRect()
+    const place = {bubbles: true, clientX: left + width * (value - low) / (high - low)}
+    for (const type of ['mousedown', 'mouseup']) track.dispatchEvent(new MouseEvent(type, place))
+}""")
 INTRODUCTION = (f'<p style="{TEXT_STYLE}">Write what a person does, then <b>Generate</b> (key G).'
-                '<img src="x" style="display: none" onerror="document.title = \'DynMask\'"></p>')
-LEGEND = paragraph('Dark: calm. Bright: busy (Omega, Eq 8). Blue outline: the span to edit.',
-                   'opacity: 0.7')
+                f'<img src="x" style="display: none" onerror="{SCRIPT}"></p>')
+LEGEND = paragraph('Click on a strip or a body. Dark: calm, bright: busy (Omega, Eq 8). Blue: the '
+                   'span to edit.', 'opacity: 0.7')
 
 
 def action(place):
-    """A decorator for what a button does: the method returns a sentence, which appears in the
-    page's text `place`. A UserError appears too, and no other exception ends the server."""
+    """A decorator for what a button does: the method returns a sentence, which appears in
+    page.texts[place]. A UserError appears too, and no other exception ends the server."""
     def decorate(method):
         def press(page, _=None):
             if page.working:
                 return
-            text = getattr(page, place)
-            text.content = paragraph('Working ...')
+            for name, handle in page.texts.items():
+                handle.content = paragraph('Working ...') if name == place else ''
+            text = page.texts[place]
             page.enable(working=True)
             with busy, page.autocast():
                 try:
                     text.content = paragraph(method(page))
-                except UserError as error:
-                    text.content = paragraph(error, 'color: #d33')
                 except Exception as error:
-                    traceback.print_exc()
-                    text.content = paragraph(f'That failed ({repr(error):.200}).', 'color: #d33')
+                    if not isinstance(error, UserError):
+                        traceback.print_exc()
+                        error = f'That failed ({repr(error):.200}).'
+                    text.content = paragraph(error, 'color: #e33')
             page.enable(working=False)
         return press
     return decorate
 
 
-def add_body(scene, name, joints, skeleton):
-    """Draw joints (T, J, 3) in metres as thick lines in the GIFs' colours, above a shadow and the
-    path of the root. Returns pose(t, label), which moves them to a frame."""
+def add_body(scene, name, joints, skeleton, colours):
+    """Draw joints (T, J, 3) in metres as thick lines, above a shadow and the path of the root.
+    Returns pose(t, label), which moves them to a frame."""
     bones = np.stack([joints[:, skeleton.parents[1:]], joints[:, 1:]], axis=2)
     sides = [joint.split('_')[0] for joint in skeleton.names[1:]]
     sides = np.array([side if side in SIDE_COLOURS else 'middle' for side in sides])
     neck, skull = bones[:, skeleton.names.index('head') - 1].swapaxes(0, 1)
     face = skull[:, None, None] + [[[0.25], [0.35]]] * (skull - neck)[:, None, None]
-    parts = [(bones * [1, 0, 1], SHADOW, LIMB), (face, SIDE_COLOURS['middle'], HEAD)]
-    parts += [(bones[:, sides == side], colour, LIMB) for side, colour in SIDE_COLOURS.items()]
+    parts = [(bones * [1, 0, 1], colours['shadow'], LIMB), (face, colours['middle'], HEAD)]
+    parts += [(bones[:, sides == side], colours[side], LIMB) for side in SIDE_COLOURS]
     lines = [scene.add_line_segments(f'{name}/{i}', points[0], colour, thickness=thickness)
              for i, (points, colour, thickness) in enumerate(parts)]
     path = np.stack([joints[:-1, 0], joints[1:, 0]], axis=1) * [1, 0, 1]
@@ -85,44 +101,63 @@ def add_body(scene, name, joints, skeleton):
 
 
 def side_by_side(bodies):
-    """Joints of several bodies [(T, J, 3)] in metres -> the same, moved apart from left to right,
-    so that they never touch."""
-    moved = []
-    edge = -np.inf
-    for joints in bodies:
-        places = joints @ ACROSS
-        shift = max(0, (edge - places.min(1)).max() + GAP)
-        edge = places.max(1) + shift
-        moved.append(joints + shift * ACROSS)
+    """Joints of bodies [(T, J, 3)] in metres -> the same, moved apart so that they never touch."""
+    moved = bodies[:1]
+    for joints in bodies[1:]:
+        gap = (joints @ ACROSS).min(1) - (moved[-1] @ ACROSS).max(1)
+        moved.append(joints + max(0, GAP - gap.min()) * ACROSS)
     return moved
 
 
-def timeline(label, parts, remark, colours, now, span, width):
-    """A motion's texts, parts [(text, first, end)], with that of the current part in bold; below
-    them the colours of its tokens, a mark at the token `now`, and an outline around `span`, a pair
-    (first, end) or None. width: a share of the page."""
-    n = len(colours)
-    texts = [html.escape(text or 'uploaded') for text, _, _ in parts]
-    texts = [f'<b>{text}</b>' if first <= now < end else text
-             for text, (_, first, end) in zip(texts, parts)]
-    stops = [f'{colour} {t / n:.2%} {(t + 1) / n:.2%}' for t, colour in enumerate(colours)]
-    marks = [(now, now + 0.3, 'background: #e33; margin: -3px 0')]
-    if span:
-        marks.append((span[0], min(span[1], n), 'outline: 2px solid #28c'))
-    marks = [f'<div style="position: absolute; inset: 0; left: {first / n:.2%}; '
-             f'width: {(end - first) / n:.2%}; {style}"></div>'
-             for first, end, style in marks if first < min(n, end)]
-    return (f'<div style="{TEXT_STYLE}">{label and f"{label}: "}{" | ".join(texts)}'
-            f'<div style="position: relative; height: 16px; margin: 4px 0; width: {width:.2%}; '
-            f'background: linear-gradient(90deg, {", ".join(stops)})">{"".join(marks)}</div>'
-            f'<i>{html.escape(remark)}</i></div>')
+def body_at(bodies, origin, direction):
+    """Which of the bodies (N, J, 3), in metres, a ray passes through: its index or None."""
+    away = np.cross(bodies - origin, direction / np.linalg.norm(direction))
+    distance = np.linalg.norm(away, axis=2).min(axis=1)
+    return int(distance.argmin()) if distance.min() < 0.3 else None
+
+
+def timelines(motions, selected, now, span, token_seconds):
+    """The texts of each motion, the current part in bold, above a strip in the colours of its
+    tokens, with a mark at the time `now`. The motion with the number `selected` has an outline
+    around `span`, (first, end) in seconds. A click on a strip goes to that motion and time."""
+    rows, captions = [], set()
+    now, *span = np.array([now, *span]) / token_seconds
+    longest = max(len(motion.colours) for motion in motions)
+    for number, motion in enumerate(motions, 1):
+        texts = [html.escape(text or 'uploaded') for text, _, _ in motion.parts]
+        texts = [f'<b>{text}</b>' if first <= now < end else text
+                 for text, (_, first, end) in zip(texts, motion.parts)]
+        if motion.caption in captions:   # variants have the same
+            texts = []
+        captions.add(motion.caption)
+        n = len(motion.colours)
+        marks = [(now, now, 'width: 3px; background: currentColor; margin: -3px 0')]
+        if number == selected:
+            marks.append((*span, 'outline: 2px solid #28c'))
+        marks = [f'<div style="position: absolute; inset: 0 auto; left: {a / n:.2%}; width: '
+                 f'{(min(b, n) - a) / n:.2%}; pointer-events: none; {style}"></div>'
+                 for a, b, style in marks if a < n]
+        stops = [f'{colour} {t / n:.2%} {(t + 1) / n:.2%}'
+                 for t, colour in enumerate(motion.colours)]
+        click = (f"slide('Selected', {number}); "
+                 f"slide('Time (s)', event.offsetX / this.offsetWidth * {n * token_seconds})")
+        rows.append(f"""
+            <div style="{TEXT_STYLE}">{' | '.join(texts)}
+            <div style="display: flex; gap: 0.5em">{number if len(motions) > 1 else ''}
+            <div style="flex: 1"><div onpointerdown="{click}" onpointermove="if (event.buttons)
+                {{ {click} }}" style="position: relative; height: 16px; width: {n / longest:.2%};
+                margin: 4px 0; cursor: pointer; user-select: none; touch-action: none;
+                background: linear-gradient(90deg, {', '.join(stops)})">{''.join(marks)}
+            </div></div></div></div>""")
+    remarks = dict.fromkeys(motion.remark for motion in motions if motion.remark)
+    return ''.join([*rows, *map(paragraph, remarks), LEGEND])
 
 
 def file_of(kind, joints, caption, skeleton, fps):
     """Joints (T, J, 3) in the skeleton's unit -> the bytes of a file: 'GIF', 'MP4', 'BVH', 'GLB' or
     'NPY'. UserError where a program or package for it is missing."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, f'motion.{kind.lower()}')
+        path = Path(folder, f'motion.{kind.lower()}')
         if kind == 'NPY':
             np.save(path, joints)
         elif kind == 'BVH':
@@ -130,36 +165,29 @@ def file_of(kind, joints, caption, skeleton, fps):
         elif kind == 'GLB':
             write_glb(path, joints, skeleton, fps)
         else:
-            gif = os.path.join(folder, 'motion.gif')
+            gif = f'{folder}/motion.gif'
             draw_gif(joints, gif, caption, fps)
             if kind == 'MP4' and not gif_to_mp4(gif):
                 raise UserError('MP4 needs ffmpeg, which is not installed or failed.')
-        with open(path, 'rb') as f:
-            return f.read()
-
-
-def is_own_page(headers, host):
-    """Does a request come from this page, or from a program that is no browser? Otherwise any web
-    site that is open in a browser on this machine could connect and press buttons. An attacker's
-    host name may resolve to 127.0.0.1, so a loopback server also accepts its own names only."""
-    address = headers.get('Host', '')
-    if host in LOOPBACK and re.sub(r':\d+$', '', address) not in LOOPBACK:
-        return False
-    return headers.get('Origin', f'http://{address}').partition('://')[2] == address
+        return path.read_bytes()
 
 
 @contextlib.contextmanager
 def only_own_page(host):
-    """A server that viser starts in this context checks the Origin, which viser does not ask for.
-    """
+    """A server that viser starts in this context refuses the pages of other web sites: a browser on
+    this machine could have one open. An attacker's host name may resolve to 127.0.0.1, so a
+    loopback server also accepts its own names only. Programs that are no browser may connect."""
     from websockets.asyncio import server   # comes with viser
     serve = server.serve
 
     def serve_own_page(handler, *args, process_request, **more):
         def check(connection, request):
-            if not is_own_page(request.headers, host):
-                return connection.respond(403, 'This address serves its own page only.\n')
-            return process_request(connection, request)
+            address = request.headers.get('Host', '')
+            origin = request.headers.get('Origin', f'http://{address}')
+            is_own = host not in LOOPBACK or re.sub(r':\d+$', '', address) in LOOPBACK
+            if is_own and origin.partition('://')[2] == address:
+                return process_request(connection, request)
+            return connection.respond(403, 'This address serves its own page only.\n')
         return serve(handler, *args, process_request=check, **more)
 
     with mock.patch.object(server, 'serve', serve_own_page):

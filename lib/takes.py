@@ -19,7 +19,7 @@ from scipy.interpolate import interp1d
 
 from lib.bvh import MAX_FPS, bvh_to_joints, read_bvh
 from lib.configurator import ROOT, UserError
-from lib.data import LARGEST
+from lib.data import FRAMES_PER_TOKEN, LARGEST
 from lib.motion import (SKELETONS, features_to_joints, joints_to_features, mirror, resample,
                         unit_vectors)
 from lib.runtime import read, read_array, read_json
@@ -371,6 +371,24 @@ def read_take(path, settings=take_settings(), fps=None, new_fps=SMPL.fps, skelet
     if abs(own_fps - round(own_fps)) < 5e-4 * own_fps:   # frame times have few digits
         own_fps = round(own_fps)
     return Take(resample(joints, own_fps, new_fps), notes, unused)
+
+
+def read_features(path, settings, meta):
+    """A file of motion -> features (T, D) for a model of the data set that meta describes, and
+    notes on how it was read (list of str). settings: of `take_settings`."""
+    skeleton, fps = SKELETONS[meta['skeleton']], meta['fps']
+    take = read_take(path, settings, fps, fps, skeleton)
+    if take.unused:
+        raise UserError(f'--joints has {", ".join(sorted(take.unused))}, which {path} has not: '
+                        'correct these names.')
+    if len(take.joints) <= FRAMES_PER_TOKEN:
+        raise UserError(f'{path} has {len(take.joints)} frames, expected more than '
+                        f'{FRAMES_PER_TOKEN}.')
+    joints = take.joints * skeleton.units_per_metre
+    joints = np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]])   # features use up one
+    features = joints_to_features(joints, skeleton, steady=meta.get('steady', False),
+                                  contact_threshold=meta.get('contact_threshold'))
+    return features.astype(np.float32), take.notes
 
 
 # ------------------------------------------------------------------------------- clips of a motion

@@ -30,6 +30,7 @@ from lib.configurator import UserError
 from lib.runtime import atomic_write, read_arrays
 
 DIM = 512
+MOST_LETTERS = 1000   # of a prompt
 MOST_TOKENS = 24   # condition tokens behind the sentence; the rest of a longer caption is left out
 # words that the hash encoder ignores: people use or omit them at random
 FUNCTION_WORDS = set('a an the he she they it is are his her their its to on with of at in'.split())
@@ -96,6 +97,23 @@ def stem(word):
     """jogs, jogging, jog -> jog; raises, raising, raise -> rais: a prompt may inflect a word
     differently than the training captions."""
     return re.sub(r'(\w\w+?)(\w)\2?(?:ing|es|ed|s|e)?$', r'\1\2', word)
+
+
+def check_prompt(prompt, encoder):
+    """UserError for a prompt that is empty, too long, or that the encoder cannot read."""
+    if not re.search(r'\w', prompt) or len(prompt) > MOST_LETTERS:
+        raise UserError(f"the prompt '{prompt:.30}' is empty, or longer than {MOST_LETTERS} "
+                        'characters: say what the person does, as in "a person walks".')
+    if encoder == 'hash' and not words(prompt):
+        raise UserError(f"'{prompt:.60}': I only read English letters.")
+
+
+def unseen_words(prompt, tags):
+    """A remark that names the words of a prompt whose stems are not among those of the training
+    captions (`tag_table`), '' if there are none."""
+    new = [word for word in dict.fromkeys(words(prompt))
+           if tags and stem(word) not in tags and word not in FUNCTION_WORDS]
+    return f'never seen in training: {", ".join(new)}' if new else ''
 
 
 def clauses(caption):
