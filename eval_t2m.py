@@ -6,7 +6,8 @@ r"""The evaluation protocol of Guo et al. 2022 on generated motion, with 95% int
     python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy \
         --evaluator=out/bandai/evaluator.pt                           # on other data (Table 7)
     python eval_t2m.py config/hml3d.py --evaluator=official --momask_root=checkpoints
-    python eval_t2m.py config/hml3d.py --init_from=momask --momask_root=checkpoints
+    python eval_t2m.py config/hml3d.py config/momask.py --init_from=momask \
+        --momask_root=checkpoints
 
 One repeat: shuffle the test clips, draw one caption of each, drop the last partial batch of 32,
 embed, compare. Rows: real motion, tokenizer reconstruction, base tokens only, full. RESULTS.md,

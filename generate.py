@@ -102,7 +102,7 @@ def generate_base(model, c, role, n, known=None, steps=10, cond_scale=4.0, top_s
     shown = role
 
     for step in range(steps):
-        masked_share = math.cos(math.pi / 2 * step / max(steps - 1, 1))  # 1 -> 0
+        masked_share = math.cos(math.pi / 2 * step / max(steps - 1, 1))  # gamma of MoMask 3.2
         n_masked = (masked_share * n_wanted).round().clamp(min=1).long()
         masked = top_k(-score, n_masked, wanted)
         ids = torch.where(masked, model.MASK, ids)
@@ -116,8 +116,9 @@ def generate_base(model, c, role, n, known=None, steps=10, cond_scale=4.0, top_s
         prior = spectrum if model.config.spectral_attn else None
         logits = guided(model, cond_scale, ids, c, shown, valid, prior)
         log_p = logits.log_softmax(-1)                                   # (B, N, V)
-        T = temperature * (1 - anneal * step / steps)
+        T = temperature
         if das_sampling:
+            T = T * (1 - anneal * step / steps)                          # T_global of Eq 18
             f, seen = spectrum
             p_max = log_p.amax(-1).exp()
             omega = msd.complexity(f, model.config.omega)                # Eq 8

@@ -157,6 +157,6 @@ def decoding_level(step):
 
 
 def training_level(step):
-    """HGM3 Eq 13 sums the losses of the three levels. Here training steps alternate between them,
-    which costs a third and was better on toy (LOG.md)."""
+    """HGM3 Eqs 12-13 sum the losses of the three levels. Here training steps alternate between
+    them, which costs a third and was better on toy (LOG.md)."""
     return 1 + step % 3

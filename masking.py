@@ -84,7 +84,7 @@ def choose(model, ids, c, valid, K, mask_by, lam=0.3, r_exp=0, noise=0.0, cfs_sh
 
 
 def corrupt(ids, chosen, MASK, generator):
-    """BERT's corruption of the chosen tokens (MoMask Table 2): 80% become [MASK], 10% a random
+    """BERT's corruption of the chosen tokens (MoMask 3.2): 80% become [MASK], 10% a random
     code, 10% stay as they are."""
     u = torch.rand(ids.shape, device=ids.device, generator=generator)
     code = torch.randint(MASK, ids.shape, device=ids.device, generator=generator)

@@ -64,7 +64,7 @@ def plain_spectrum(x, known, W=8, gap='interp'):
     (B = 64, n = 49, D = 512, two cores). Velocity t lies between tokens t - 1 and t, so a window of
     even W is centred on token t if it covers velocities t - W/2 + 1 .. t + W/2. Unknown velocities,
     and those beyond the ends, are zeros; f^2 is divided by the share of the window that is known,
-    or Omega would fall at both ends (to .72 of mid-clip on toy).
+    or Omega would fall at both ends (to .85 of mid-clip on bandai, where motions begin midway).
     """
     before, after, v_known = velocity_ends(known, gap)
     row = torch.arange(len(x), device=x.device)[:, None]
@@ -149,7 +149,7 @@ def spectrum_kernel(W, device):
     inside = other < W
     K = C[:, None, :] * C[:, other.clamp(max=W - 1)] * inside     # (W, W, W)
     K[:, 1:] *= 2
-    return K.float()
+    return K
 
 
 def spectrum(ids, G, known, W=8, gap='interp'):
@@ -160,7 +160,8 @@ def spectrum(ids, G, known, W=8, gap='interp'):
     """
     products, v_known = velocity_products(ids, G, known, W, gap)
     products = F.pad(products.mT, ((W - 1) // 2, W // 2))         # (B, lags, n + W - 1)
-    f2 = F.conv1d(products, spectrum_kernel(W, ids.device)).mT    # Eq 5, Eq 6: (B, n, bands)
+    kernel = spectrum_kernel(W, ids.device)                       # float64: GPUs round the rest
+    f2 = F.conv1d(products.double(), kernel).mT.float()           # Eq 5, Eq 6: (B, n, bands)
     share = known_share(v_known, W)
     f2 = f2 / share.clamp(min=1 / W)[..., None]
     return f2.clamp(min=0).sqrt(), share > 0                      # rounding can go below 0

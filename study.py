@@ -38,15 +38,17 @@ ATTENTION = OFF | dict(spectral_attn=True)
 CFS = OFF | dict(mask_by='msd')
 BOTH = CFS | dict(spectral_attn=True)
 # the paper's three parts, in the form that helps most at this size (LOG.md)
-I = dict(spectral_attn=True, alpha0=0.1, window=4, msd_attn='clean', msd_decode='guess')
-II = dict(mask_by='msd', window=4, cfs_lambda=0.0, cfs_share=0.5, cfs_ramp=1.0)
+BASE = OFF | dict(window=4)
+I = dict(spectral_attn=True, alpha0=0.1, msd_attn='clean', msd_decode='guess')
+II = dict(mask_by='msd', cfs_lambda=0.0, cfs_share=0.5, cfs_ramp=1.0)
 III = dict(das_sampling=True, msd_decode='guess', temperature=0.8)
 STUDIES = {
     'dynmask': {'baseline': OFF, 'attention': ATTENTION, 'CFS': CFS, 'both': BOTH},
-    'table3': {'none': OFF} | {signal: OFF | II | dict(mask_by=signal)
-                               for signal in ('velocity', 'loss', 'msd', 'msd+loss')},
-    'table4': {'baseline': OFF, '+II': OFF | II, '+III': OFF | III, '+II+III': OFF | II | III,
-               '+I+II': OFF | I | II, '+I+II+III': OFF | I | II | III},
+    'table3': {'none': BASE} | {signal: BASE | II | dict(mask_by=signal)
+                                for signal in ('velocity', 'loss', 'msd', 'msd+loss')},
+    'table4': {'baseline': BASE, 'I': BASE | I, 'II': BASE | II, 'III': BASE | III,
+               'I, II': BASE | I | II, 'I, III': BASE | I | III, 'II, III': BASE | II | III,
+               'I, II, III': BASE | I | II | III},
     # each departure from the papers, undone by itself
     'departures': {'ours': OFF, 'sentence': OFF | dict(text='sentence'),
                    'AdamW': OFF | dict(optimizer='adamw'),
@@ -110,8 +112,9 @@ def measure(variant, seed):
     decoding = {key: value for key, value in variant.items() if key in DECODING}
     result = os.path.join(folder, f'val_{file_name(decoding)}_{repeats}_{dynamics}.json')
     if not os.path.exists(result):
-        if dynamics:   # all variants are compared at masks of the baseline's confidence
-            judge = os.path.join(network(OFF, seed), 'mask.pt')
+        if dynamics:   # all variants are compared at masks of the first one's confidence
+            first = next(iter(STUDIES[what].values()))
+            judge = os.path.join(network(first, seed), 'mask.pt')
             decoding |= dict(dynamics=True, pooled=6, confidence_of=judge)
         script('eval_t2m.py', out_dir=folder, evaluator=os.path.join(trained, 'evaluator.pt'),
                split='val', repeats=repeats, mm_batches=0, eval_json=result, **decoding)

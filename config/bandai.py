@@ -34,6 +34,7 @@ eval_every = 500
 # decoding: DynMask's (III) on the model's own guess, at the same mean temperature, is better on
 # complex motion (RESULTS.md); (I) and (II) are level at best and stay off
 das_sampling = True
+window = 4                   # W of Omega, as measured
 msd_decode = 'guess'
 temperature = 0.8            # times 1 + beta b, which is 1.25 on average
 examples = 'config/bandai_prompts.txt'   # of the page

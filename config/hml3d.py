@@ -1,8 +1,9 @@
 # HumanML3D: trains DynMask as published, at the sizes and on the schedule of MoMask's code.
 # First: python prepare_data.py hml3d --src=HumanML3D
 # Never trained at this size by this project. Other papers: config/momask.py or config/hgm3.py
-# behind this file. Our own recipe of toy and bandai, without DynMask's parts:
-# --text=clauses --optimizer=muon --grad_clip=1 --spectral_attn=False --mask_by=random.
+# behind this file. Our own recipe of toy and bandai, without DynMask's parts: --text=clauses
+# --token_init=codebook --optimizer=muon --grad_clip=1 --spectral_attn=False --mask_by=random
+# --das_sampling=False.
 from config.dynmask import *
 data = 'hml3d'
 text_encoder = 'clip'

@@ -2,7 +2,8 @@
 #     python train_vq.py   config/toy.py config/momask.py --out_dir=out/momask
 #     python train_mask.py config/toy.py config/momask.py --out_dir=out/momask  # also --stage=res
 #     python eval_t2m.py   config/toy.py config/momask.py --out_dir=out/momask
-# Sizes and numbers of steps stay those of the data config. KIT-ML: add --cond_scale=2.
+# Sizes and numbers of steps stay those of the data config. Behind hml3d.py and kit.py, whose steps
+# are counted in batches of MoMask's code, add --vq_batch=256; behind kit.py also --cond_scale=2.
 # tokenizer
 quantize_dropout = 0.2
 vq_reset_below = 1.0

@@ -29,6 +29,7 @@ eval_every = 500
 # decoding: DynMask's (III) on the model's own guess, at the same mean temperature, is better on
 # complex motion (RESULTS.md); (I) and (II) are level at best and stay off
 das_sampling = True
+window = 4                   # W of Omega, as measured
 msd_decode = 'guess'
 temperature = 0.8            # times 1 + beta b, which is 1.25 on average
 cond_scale = 3.0             # picked on val: 2, 3, 4

@@ -8,6 +8,8 @@ import sys
 import tempfile
 import warnings
 
+import pytest
+
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = [sys.executable]
 TORCHRUN = [*PYTHON, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -17,7 +19,27 @@ sys.path.insert(0, PROJECT)
 # slow modules once and has computed nothing (no threads, no CUDA). Scripts run in forks of it.
 os.environ['OMP_NUM_THREADS'] = '1'
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['torch._dynamo', 'matplotlib.figure', 'scipy.signal', 'tqdm'])
+server.set_forkserver_preload(['torch._dynamo', 'matplotlib.figure', 'scipy.signal', 'tqdm',
+                               'pytest'])
+
+
+def in_shared(*parts):
+    """A place in ../shared, and a decorator that skips a test where that is missing."""
+    path = os.path.join(PROJECT, '..', 'shared', *parts)
+    reason = f'{"/".join(("../shared", *parts))} is not here'
+    return path, pytest.mark.skipif(not os.path.exists(path), reason=reason)
+
+
+def sentence(work, *words):
+    """work() must end in a UserError of one line that contains all the words."""
+    from lib.configurator import UserError   # the forks above have to import it themselves
+    with pytest.raises(UserError) as error:
+        work()
+    said = str(error.value)
+    assert '\n' not in said
+    assert len(said) < 1500
+    for word in words:
+        assert str(word) in said, said
 
 
 def run_script(folder, *command, launcher=None, **env):

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import random
-import shutil
 import signal
 import tempfile
 import time
@@ -19,9 +18,15 @@ from pathlib import Path
 
 import torch
 from conftest import PROJECT, become, server
-from test_train import CONFIG, TINY, train, write_data
+from test_train import out_dir, run, train, write_folder
 
 from lib import runtime
+
+FEW = '''
+vq_iters = mask_iters = res_iters = len_iters = ev_steps = {steps}
+vq_eval_every = eval_every = ev_eval_every = 4
+ev_ae_steps = 8
+'''
 
 
 def begin(folder, *command):
@@ -32,12 +37,6 @@ def begin(folder, *command):
     process = server.Process(target=become, args=(str(folder), argv, {}, log, log))
     process.start()
     return process
-
-
-def finish(folder, *command):
-    process = begin(folder, *command)
-    process.join(300)
-    assert process.exitcode == 0, (folder / 'log').read_text()
 
 
 def file_times(out, stage, watched):
@@ -55,19 +54,15 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
     """Train `stage` in out/whole without interruption and in out/cut with kills. Returns, for each
     kill that hit a running process, the step of the checkpoint at that time."""
     rng = random.Random(seed)
-    outs = [folder / 'out' / f'{stage}_{name}' for name in ('whole', 'cut')]
-    for out in outs:
-        os.makedirs(out)
-        if stage != 'vq':
-            shutil.copy(folder / 'out' / 'tiny' / 'vq.pt', out)
-    sizes = {'vq': [f'--vq_iters={steps}', '--vq_eval_every=4'],
-             'eval': [f'--ev_steps={steps}', '--ev_ae_steps=8', '--ev_eval_every=4']}
-    sizes = sizes.get(stage, [f'--{stage}_iters={steps}', '--eval_every=4'])
-    whole, cut = ([*train(stage), f'--out_dir={out}', *sizes] for out in outs)
-    finish(folder, *whole)
+    (folder / 'config' / 'few.py').write_text(FEW.format(steps=steps))
+    outs = [out_dir(folder, f'{stage}_{name}', *['vq.pt'][stage == 'vq':])
+            for name in ('whole', 'cut')]
+    whole, cut = ([*train(stage), 'config/few.py', f'--out_dir={out}'] for out in outs)
+    run(folder, *whole)
 
     stage = 'evaluator' if stage == 'eval' else stage   # from here on, the name of its files
-    last = outs[1] / f'{stage}_last.pt'
+    out = folder / outs[1]
+    last = out / f'{stage}_last.pt'
 
     def next_command():
         return [*cut, '--init_from=resume' if last.exists() else '--overwrite=True']
@@ -75,29 +70,28 @@ def kill_and_resume(folder, stage, kills, steps, seed=0):
     done = []
     while len(done) < kills:
         watched = rng.choice([f'*{stage}*.pt*', last.name])   # the first includes unfinished files
-        before = file_times(outs[1], stage, watched)
+        before = file_times(out, stage, watched)
         process = begin(folder, *next_command())
         deadline = time.monotonic() + 60
-        while file_times(outs[1], stage, watched) == before and process.is_alive():
+        while file_times(out, stage, watched) == before and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(rng.choice([0, 0.15]) * rng.random())
         process.kill()
         process.join()
-        file_times(outs[1], stage, watched)
+        file_times(out, stage, watched)
         if process.exitcode != -signal.SIGKILL:   # the run ended before the signal
             assert process.exitcode == 0, (folder / 'log').read_text()
             break
         done.append(torch.load(last)['it'] if last.exists() else 0)
-    finish(folder, *next_command())
+    run(folder, *next_command())
 
-    for name in (f'{stage}.pt', f'{stage}_last.pt'):
-        one, two = (torch.load(out / name) for out in outs)
-        for checkpoint in (one, two):
-            del checkpoint['settings']   # they name the folder
-            checkpoint.pop('vq', None)
-        assert same(one, two), f'{name} differs after kills at {done}'
-    assert not list(outs[1].glob('.*.tmp'))
+    for name in (f'{stage}.pt', last.name):
+        one, two = (torch.load(folder / out / name) for out in outs)
+        assert one.keys() == two.keys()
+        for key in one.keys() - {'settings', 'vq'}:   # these name the folder
+            assert same(one[key], two[key]), f'{key} in {name} differs after kills at {done}'
+    assert not list(out.glob('.*.tmp'))
     return done
 
 
@@ -106,7 +100,7 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return same([*a.items()], [*b.items()])
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -119,10 +113,8 @@ if __name__ == '__main__':
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        os.makedirs(folder / 'config')
-        (folder / CONFIG).write_text(TINY)
-        write_data(str(folder / 'data' / 'tiny'))
-        finish(folder, *train('vq'))
+        write_folder(folder)
+        run(folder, *train('vq'), '--out_dir=out/tiny')
         for stage in args.stages.split(','):
             start = time.time()
             done = kill_and_resume(folder, stage, args.kills, steps=16 * args.kills)

@@ -7,6 +7,7 @@ a user would, and prints a table with the time and the peak memory of each. It n
 temporary folder is removed afterwards, --dir is kept.
 """
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -27,6 +28,9 @@ VERBS = 'walk/VERB, run/VERB, jump/VERB, crawl/VERB, dance/VERB, kick/VERB'.spli
 MANNERS = 'slowly/ADV, quickly/ADV, twice/ADV, backwards/ADV, forward/ADV'.split(', ')
 PLACES = ('in/ADP a/DET circle/NOUN, to/ADP the/DET left/NOUN, over/ADP a/DET wall/NOUN, '
           'with/ADP both/DET arm/NOUN raised/VERB').split(', ')
+CONFIG = str(PROJECT / 'config' / 'hml3d.py')
+FEW_STEPS = ['--vq_iters=2', '--vq_width=32', '--code_dim=32', '--vq_depth=1', '--vq_batch=32']
+ONE_STEP = ['--mask_iters=1', '--n_layers=1', '--batch_size=8', '--overwrite=True']
 
 
 def caption_line(rng):
@@ -69,8 +73,8 @@ def measure(title, folder, script, *arguments):
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, str(PROJECT / script), *arguments], cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f'{script} ended with exit code {process.returncode}')
     cpu = usage.ru_utime + usage.ru_stime
@@ -78,19 +82,15 @@ def measure(title, folder, script, *arguments):
 
 
 def rehearse(folder, n_clips):
-    source = folder / 'HumanML3D'
     prepared = folder / 'data' / 'hml3d'
-    config = str(PROJECT / 'config' / 'hml3d.py')
-    write_source(source, n_clips)
+    write_source(folder / 'HumanML3D', n_clips)
     print('| command | seconds | CPU seconds | peak memory, MB |\n|---|---:|---:|---:|', flush=True)
-    measure('prepare_data.py hml3d', folder, 'prepare_data.py', 'hml3d', f'--src={source}')
-    measure('train_vq.py, 2 steps and the token cache', folder, 'train_vq.py', config,
-            '--vq_iters=2', '--vq_width=32', '--code_dim=32', '--vq_depth=1', '--vq_batch=32')
+    measure('prepare_data.py hml3d', folder, 'prepare_data.py', 'hml3d', '--src=HumanML3D')
+    measure('train_vq.py, 2 steps and the token cache', folder, 'train_vq.py', CONFIG, *FEW_STEPS)
     cache_random_clip_vectors(prepared)
     for encoder in ('hash', 'clip'):
-        measure(f'train_mask.py, 1 step, {encoder}, cached', folder, 'train_mask.py', config,
-                f'--text_encoder={encoder}', '--mask_iters=1', '--n_layers=1', '--batch_size=8',
-                '--overwrite=True')
+        measure(f'train_mask.py, 1 step, {encoder}, cached', folder, 'train_mask.py', CONFIG,
+                f'--text_encoder={encoder}', *ONE_STEP)
     n_bytes = sum(path.stat().st_size for path in prepared.iterdir())
     print(f'\n{n_clips:,} clips; data/{prepared.name} takes {n_bytes / 1e9:.2f} GB on disk')
 
@@ -100,8 +100,6 @@ if __name__ == '__main__':
     parser.add_argument('--clips', type=int, default=23000)
     parser.add_argument('--dir', help='an empty folder outside the project, default a temporary')
     args = parser.parse_args()
-    if args.dir:
-        rehearse(Path(args.dir).resolve(), args.clips)
-    else:
-        with tempfile.TemporaryDirectory(prefix='hml3d-') as folder:
-            rehearse(Path(folder), args.clips)
+    place = contextlib.nullcontext(args.dir) if args.dir else tempfile.TemporaryDirectory()
+    with place as folder:
+        rehearse(Path(folder).resolve(), args.clips)

@@ -1,19 +1,18 @@
 """bvh.py: a tiny file whose poses can be worked out by hand, and the sentences for broken ones.
 What is written reads back as the joints it was made of."""
 import itertools
-import os
 
 import numpy as np
 import pytest
+from conftest import in_shared, sentence
+from test_motion import KIT, SMPL, body
 
 from lib import toy
 from lib.bandai import bandai_files, bandai_joints
 from lib.bvh import bvh_to_joints, fit_rotations, read_bvh, write_bvh
-from lib.configurator import ROOT, UserError
 from lib.motion import features_to_joints, joints_to_features
-from test_motion import KIT, SMPL, body
 
-BANDAI = os.path.join(ROOT, '..', 'shared', 'data', 'bandai-namco.tar.xz')
+BANDAI, needs_bandai = in_shared('data', 'bandai-namco.tar.xz')
 
 HEAD = '''HIERARCHY
 ROOT Hips
@@ -26,10 +25,7 @@ ROOT Hips
     JOINT Foot {
       OFFSET 0 -5 1
       CHANNELS 3 Zrotation Xrotation Yrotation
-      End Site
-      {
-        OFFSET 0 0 7
-      }
+      End Site { OFFSET 0 0 7 }
     }
   }
   JOINT Arm {
@@ -45,102 +41,87 @@ Frame Time: 0.05
 ROWS = ['0 20 0 0 0 0 0 0 0 0 0 0 0 0 0',
         '1 20 0 90 0 0 0 0 0 0 0 0 0 0 0',
         '1e0 2.0E1 0 0 0 90 0 90 0 0 0 0 0 0 -1.5e-7']
-
-
-def tiny(text):
-    return 'tiny.bvh', text.encode()
+NAMES = ['Hips', 'Leg', 'Foot', 'Foot_end', 'Arm', 'Arm_end']
 
 
 def test_reader_and_forward_kinematics(tmp_path):
     path = tmp_path / 'tiny.bvh'
-    text = HEAD + '\n'.join(ROWS) + '\n\n \n'
-    path.write_bytes(text.replace('\n', '\r\n').encode())
+    path.write_bytes((HEAD + '\n'.join(ROWS) + '\n\n \n').replace('\n', '\r\n').encode())
     names, parents, offsets, channels, frames, fps = read_bvh(str(path))
-    assert names == ['Hips', 'Leg', 'Foot', 'Foot_end', 'Arm', 'Arm_end']
+    assert names == NAMES
     assert parents.tolist() == [-1, 0, 1, 2, 0, 4]
     assert fps == 20
-    assert frames.shape == (3, 15)
-    assert [len(c) for c in channels] == [6, 3, 3, 0, 3, 0]
-    assert offsets[3:].tolist() == [[0, 0, 7], [2, 0, 0], [1, 0, 0]]
-
-    joints = bvh_to_joints(parents, offsets, channels, frames)
-    assert np.allclose(joints[0, [3, 5]], [[0, 5, 8], [3, 20, 0]])   # end sites
-    joints = joints[:, [0, 1, 2, 4]]
-    assert np.allclose(joints[0], [[0, 20, 0], [0, 10, 0], [0, 5, 1], [2, 20, 0]])
-    # 90 degrees about Z
-    assert np.allclose(joints[1], [[1, 20, 0], [11, 20, 0], [16, 20, 1], [1, 22, 0]])
-    # the root 90 degrees about Y, the leg 90 about X
-    want = [[1, 20, 0], [1, 10, 0], [-4, 9, 0], [1, 20, -2]]
-    assert np.allclose(joints[2], want, atol=1e-6)
+    assert np.allclose(bvh_to_joints(parents, offsets, channels, frames), [
+        [[0, 20, 0], [0, 10, 0], [0, 5, 1], [0, 5, 8], [2, 20, 0], [3, 20, 0]],
+        # 90 degrees about Z
+        [[1, 20, 0], [11, 20, 0], [16, 20, 1], [16, 20, 8], [1, 22, 0], [1, 23, 0]],
+        # the root 90 degrees about Y, the leg 90 about X
+        [[1, 20, 0], [1, 10, 0], [-4, 9, 0], [-4, 2, 0], [1, 20, -2], [1, 20, -3]]], atol=1e-6)
 
 
 def test_position_channels_replace_offsets():
     head = HEAD.replace('CHANNELS 3', 'CHANNELS 6 Xposition Yposition Zposition')
-    head = head.replace('Frames: 3', 'Frames: 1')
     row = '0 20 0 0 0 0  0 -11 0 0 0 0  0 -6 0 0 0 0  3 0 0 0 0 0'
-    _, parents, offsets, channels, frames, _ = read_bvh(tiny(head + row))
-    joints = bvh_to_joints(parents, offsets, channels, frames)
-    joints = joints[0, [0, 1, 2, 4]]
+    text = head.replace('Frames: 3', 'Frames: 1') + row
+    _, parents, offsets, channels, frames, _ = read_bvh(('tiny.bvh', text.encode()))
+    joints = bvh_to_joints(parents, offsets, channels, frames)[0, [0, 1, 2, 4]]
     assert np.allclose(joints, [[0, 20, 0], [0, 9, 0], [0, 3, 0], [3, 20, 0]])
 
 
-@pytest.mark.parametrize('text, words', [
-    (HEAD + ROWS[0], '1 frames where its header promises 3'),
-    (HEAD + '\n'.join(ROWS)[:-14], 'truncated'),
-    (HEAD + '\n'.join(ROWS + ROWS[:2]), '5 frames where its header promises 3'),
-    (HEAD + '\n'.join(ROWS).replace('90', 'ninety', 1), 'not a number'),
-    (HEAD + '\n'.join(ROWS).replace('90', 'nan', 1), 'NaN'),
-    (HEAD.replace('OFFSET 2', 'OFFSET nan') + '\n'.join(ROWS), 'HIERARCHY'),
-    (HEAD.replace('}', '', 1) + '\n'.join(ROWS), 'HIERARCHY'),
-    (HEAD.replace('Xrotation', 'Wrotation') + '\n'.join(ROWS), 'HIERARCHY'),
-    (HEAD.replace('Xrotation', 'Zrotation') + '\n'.join(ROWS), 'HIERARCHY'),
+MOTION = '\n'.join(ROWS)
+
+
+@pytest.mark.parametrize('text, fact', [
+    (HEAD + ROWS[0], 'promises 3'),
+    (HEAD + MOTION[:-14], 'truncated'),
+    (HEAD + '\n'.join(ROWS + ROWS[:2]), 'promises 3'),
+    (HEAD + MOTION.replace('90', 'ninety', 1), 'not a number'),
+    (HEAD.replace('}', '', 1) + MOTION, 'HIERARCHY'),
+    (HEAD.replace('0 0 7', '0 0 7 JOINT Toe { OFFSET 0 0 1 }') + MOTION, 'HIERARCHY'),
+    (HEAD.replace('Xrotation', 'Wrotation') + MOTION, 'HIERARCHY'),
+    (HEAD.replace('Xrotation', 'Zrotation') + MOTION, 'HIERARCHY'),
     (HEAD.split('MOTION')[0], 'not a BVH file'),
-    (HEAD.replace('Frames: 3', 'Frames: many'), 'Frames:'),
-    ('', 'not a BVH file')])
-def test_a_broken_file_gets_one_sentence(text, words):
-    with pytest.raises(UserError, match='tiny.bvh') as error:
-        read_bvh(tiny(text))
-    assert words in str(error.value)
-    assert '\n' not in str(error.value)
-
-
-# -------------------------------------------------------------------------------------- writing
+    (HEAD.replace('Frames: 3', 'Frames: many') + MOTION, 'Frames:')])
+def test_a_broken_file_gets_one_sentence(text, fact):
+    """NaN, and whatever else may be in a file, is in test_fuzz.py."""
+    sentence(lambda: read_bvh(('tiny.bvh', text.encode())), 'tiny.bvh', fact)
 
 
 def written(path, joints, skeleton):
-    """The joints (T, J, 3) of a file that was written from some, its T-pose (J, 3), centimetres."""
+    """The joints (T, J, 3) of a file that was written from some, {joint or end site: its place
+    (3,) in the file's T-pose}, both in centimetres, and the channels (T, C)."""
     write_bvh(path, joints, skeleton)
     names, parents, offsets, channels, frames, fps = read_bvh(str(path))
     assert np.isclose(fps, skeleton.fps)
     order = [names.index(name) for name in skeleton.names]
     back = bvh_to_joints(parents, offsets, channels, frames)[:, order]
-    pose = bvh_to_joints(parents, offsets, channels, np.zeros_like(frames[:1]))[0, order]
-    return back, pose, frames
+    pose = bvh_to_joints(parents, offsets, channels, np.zeros_like(frames[:1]))[0]
+    return back, dict(zip(names, pose)), frames
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', range(2))
 def test_what_is_written_reads_back(tmp_path, seed):
     joints = toy.make_clip(seed)['joints']
     back, _, frames = written(tmp_path / 'a.bvh', joints, SMPL)
     assert np.abs(back / 100 - joints).max() < 0.002
-    assert np.abs(np.diff(frames, axis=0)).max() < 180   # no angle jumps by a full turn
+    assert np.abs(np.diff(frames, axis=0)).max() < 90   # no angle jumps by half a turn
 
 
 @pytest.mark.parametrize('skeleton, mirrored', [(SMPL, 1), (KIT, -1)])
 def test_zero_is_a_t_pose_in_centimetres(tmp_path, skeleton, mirrored):
     joints = body(50, skeleton) * [mirrored, 1, 1]   # KIT's rest directions have left at X-
-    back, pose, _ = written(tmp_path / 'a.bvh', joints * skeleton.units_per_metre, skeleton)
-    wanted = fit_rotations(joints, skeleton)[2]
-    assert np.abs(back / 100 - wanted).max() < 1e-4
+    back, at, _ = written(tmp_path / 'a.bvh', joints * skeleton.units_per_metre, skeleton)
+    assert np.abs(back / 100 - fit_rotations(joints, skeleton)[2]).max() < 1e-4
     lengths = [np.linalg.norm(x - x[:, skeleton.parents], axis=-1) for x in (joints, back / 100)]
     assert np.allclose(lengths[1], np.median(lengths[0], axis=0), atol=1e-4)   # and stay that
-    at = dict(zip(skeleton.names, pose))
     for side, x in (('left', 1), ('right', -1)):
         across = at[f'{side}_wrist'] - at[f'{side}_shoulder']
         assert across[0] * x > 25
         assert np.abs(across[1:]).max() < 1
-        assert at[f'{side}_ankle'][1] < at[f'{side}_hip'][1] - 25
-        assert at[f'{side}_foot'][2] > at[f'{side}_ankle'][2] + 3
+        ankle, foot, site = (at[f'{side}_{part}'] for part in ('ankle', 'foot', 'foot_end'))
+        assert ankle[1] < at[f'{side}_hip'][1] - 25
+        assert foot[2] > ankle[2] + 3
+        assert abs(site[1] - foot[1]) < 1   # as steep as the foot it would be below the floor
     assert at['head'][1] > 25
 
 
@@ -158,7 +139,7 @@ def test_elbows_and_knees_bend_like_hinges(name, axis):
     assert (turns[bent] @ axis > 0.98 * angles[bent]).all()
 
 
-@pytest.mark.skipif(not os.path.exists(BANDAI), reason='../shared is not here: no real BVH clips')
+@needs_bandai
 def test_real_clips_keep_their_joints_within_a_centimetre(tmp_path):
     for file in itertools.islice(bandai_files(BANDAI), 6):
         joints = bandai_joints(file)
@@ -167,14 +148,3 @@ def test_real_clips_keep_their_joints_within_a_centimetre(tmp_path):
         error = np.linalg.norm(back / 100 - joints, axis=-1)
         assert error.max() < 0.01
         assert error.mean() < 0.001
-
-
-def test_the_last_bone_of_a_foot_is_level(tmp_path):
-    """An end site as steep as the foot would be a toe's length below the floor."""
-    path = str(tmp_path / 'a.bvh')
-    write_bvh(path, toy.make_clip(5)['joints'], SMPL)
-    names, parents, offsets, channels, frames, _ = read_bvh(path)
-    joints = bvh_to_joints(parents, offsets, channels, frames)
-    for name in ('left_foot', 'right_foot'):
-        toe, site = (np.median(joints[:, names.index(j), 1]) for j in (name, f'{name}_end'))
-        assert abs(site - toe) < 1   # cm

@@ -14,30 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, sentence
 from test_data import WALKS, FrameNumbers, field_folder, noise, packed, prepare
 
 import momask
 import prepare_data
 from lib import bandai, configurator, data, runtime, text
 from lib.bvh import read_bvh
-from lib.configurator import LIMITS, SHARED, UserError, allowed_words, configure, settings_lines
+from lib.configurator import LIMITS, SHARED, allowed_words, configure, settings_lines
 from vq import RVQVAE, VQConfig, load_tokenizer
-
-SCRIPTS = ('train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m', 'eval_edit', 'app',
-           'study', 'bench')
-
-
-def sentence(work, *words):
-    """work() must end in a UserError of one line that contains all the words."""
-    with pytest.raises(UserError) as error:
-        work()
-    said = str(error.value)
-    assert '\n' not in said
-    assert len(said) < 1500
-    for word in words:
-        assert str(word) in said, said
-
 
 # ----------------------------------------------------------------------------------- configurator
 
@@ -60,7 +45,8 @@ def settings_of(script):
     return found
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', ['train_vq', 'train_mask', 'train_eval', 'sample', 'eval_t2m',
+                                    'eval_edit', 'app', 'study', 'bench'])
 def test_defaults_are_allowed(script):
     settings = settings_of(script)
     assert configure(dict(settings), []) == settings
@@ -72,40 +58,39 @@ def test_defaults_are_allowed(script):
 
 
 def test_allowed_words_come_from_the_comment():
-    lines = lines_of('train_mask')
-    assert allowed_words(lines)['mask_by'] == ['random', 'msd', 'velocity', 'loss', 'msd+loss']
+    assert allowed_words(lines_of('train_mask'))['mask_by'] == [
+        'random', 'msd', 'velocity', 'loss', 'msd+loss']
     settings = settings_of('train_mask') | {'__file__': os.path.join(PROJECT, 'train_mask.py')}
     sentence(lambda: configure(settings, ['--mask_by=nonsense']), 'mask_by', 'velocity')
     assert configure(settings, ['--mask_by=msd+loss'])['mask_by'] == 'msd+loss'
 
 
-@pytest.mark.parametrize('script, argument', [
-    ('train_mask', argument) for argument in (
-        'seed=-1', 'seed=4294967296', 'batch_size=0', 'log_every=0', 'n_layers=-1', 'dropout=1.0',
-        'window=1000', 'latent=1000000000', 'lr=nan', 'lr=1e400', 'lr=-1e-4', 'alpha0=-inf',
-        'lr=' + '-' * 9000 + '1', 'seed=' + '9' * 5000, 'data=\udcff', 'text=\0', 'rotary=1')
-] + [('train_vq', 'n_codes=40000'), ('train_vq', 'vq_depth=-1'), ('sample', 'top_share=0'),
-     ('sample', 'length=-4'), ('sample', 'res_layers=-2'), ('train_eval', 'ev_steps=0'),
-     ('sample', 'repeats=1000000000'), ('eval_t2m', 'pooled=0'), ('eval_t2m', 'mm_batches=100000')])
-def test_settings_that_make_no_sense(script, argument):
-    key = argument.split('=')[0]
-    sentence(lambda: configure(settings_of(script), [f'--{argument}']), key, 'expected')
+@pytest.mark.parametrize('script, arguments', [
+    ('train_mask', ['seed=-1', 'seed=4294967296', 'seed=' + '9' * 5000, 'batch_size=0', 'lr=nan',
+                    'log_every=0', 'n_layers=-1', 'dropout=1.0', 'window=1000', 'lr=-1e-4',
+                    'latent=1000000000', 'lr=1e400', 'alpha0=-inf', 'data=\udcff', 'text=\0',
+                    'lr=' + '-' * 9000 + '1', 'rotary=1']),
+    ('train_vq', ['n_codes=40000', 'vq_depth=-1']),
+    ('sample', ['top_share=0', 'length=-4', 'res_layers=-2', 'repeats=1000000000']),
+    ('train_eval', ['ev_steps=0']),
+    ('eval_t2m', ['pooled=0', 'mm_batches=100000'])])
+def test_settings_that_make_no_sense(script, arguments):
+    settings = settings_of(script)
+    for argument in arguments:
+        key = argument.split('=')[0]
+        sentence(lambda: configure(settings, [f'--{argument}']), key, 'expected')
 
 
 @pytest.mark.parametrize('content, fact', [
-    (b'steps = [1]', 'steps is [1]'),
-    (b'steps = True', 'steps is True'),
-    (b'cond_scale = float("nan")', 'cond_scale is nan'),
-    (b'cond_scale = 10**400', 'cond_scale is'),
-    (b'seed = 10**5000', 'seed is'),
-    (b'steps = ' + 300 * b'(' + b'1' + 300 * b')', ''),
-    (b'steps = 1 / 0', 'ZeroDivisionError'),
-    (b'raise SystemExit', 'SystemExit'),
-    (b'seed = 1   # \xff', ''),
-    (b'clock = 3', 'clock')])
+    ('steps = True', 'steps is True'),
+    ('cond_scale = float("nan")', 'cond_scale is nan'),
+    ('cond_scale = 10**400', 'cond_scale is'),
+    ('steps = ' + 300 * '(' + '1' + 300 * ')', ''),
+    ('raise SystemExit', 'SystemExit'),
+    ('clock = 3', 'clock')])
 def test_config_files_that_make_no_sense(tmp_path, content, fact):
     path = tmp_path / 'my.py'
-    path.write_bytes(content)
+    path.write_text(content)
     sentence(lambda: configure(settings_of('sample'), [str(path)]), 'my.py', fact)
 
 
@@ -114,9 +99,7 @@ def test_config_files_that_make_no_sense(tmp_path, content, fact):
 
 @pytest.mark.parametrize('what', ['folder', 'pipe', 'nothing'])
 @pytest.mark.parametrize('read', [
-    read_bvh, load_tokenizer, lambda path: configure(settings_of('sample'), [path]),
-    lambda path: runtime.read_array(path, ''), lambda path: runtime.read_text(path, ''),
-    lambda path: runtime.read_json(path, ''), lambda path: runtime.read_arrays(path, '', ['a'])])
+    read_bvh, load_tokenizer, lambda path: configure(settings_of('sample'), [path])])
 def test_a_path_that_is_not_a_file(tmp_path, read, what):
     path = str(tmp_path / 'x.any')
     if what == 'folder':
@@ -148,7 +131,7 @@ def test_special_files_with_the_name_of_a_clip(tmp_path, kind):
     archive_of(path, [(CLIP.format(0), b'HIERARCHY'), (CLIP.format(1), kind),
                       (CLIP.format(2), b'')])
     found = list(bandai.bandai_files(path))
-    assert [len(content) for _, content in found] == [9, 0, 0]
+    assert [content for _, content in found] == [b'HIERARCHY', b'', b'']
     _, clips, skipped = prepare_data.bandai_clips(found[1])
     assert not clips
     assert CLIP.format(1) in next(iter(skipped))
@@ -157,9 +140,6 @@ def test_special_files_with_the_name_of_a_clip(tmp_path, kind):
     os.mkdir(tmp_path / 'folder' / CLIP.format(0))
     os.mkfifo(tmp_path / 'folder' / CLIP.format(1))
     assert [content for _, content in bandai.bandai_files(tmp_path / 'folder')] == [b'', b'']
-
-
-# ----------------------------------------------------------------------------- hml3d, kit and babel
 
 
 @pytest.mark.parametrize('file', ['Std.npy', 'train.txt'])
@@ -172,36 +152,24 @@ def test_statistics_and_lists_that_make_no_sense(tmp_path, file):
 
 # ------------------------------------------------------------------------ packed format and caches
 
-FILES = ('mean.npy', 'std.npy', 'train_motion.npy', 'train_clips.npz', 'train_captions.json')
 
-
-@pytest.mark.parametrize('damage', ['one bit', 'half of it', 'nothing left'])
-@pytest.mark.parametrize('file', FILES)
-def test_a_damaged_file_of_a_data_set_is_found(tmp_path, file, damage):
-    """Also with the time and size that it had before. A copy with other times is not damaged."""
+@pytest.mark.parametrize('file', ['mean.npy', 'std.npy', 'train_motion.npy', 'train_clips.npz',
+                                  'train_captions.json'])
+def test_a_missing_file_of_a_data_set_is_found(tmp_path, file):
+    """A copy with other times is not damaged. Of what is damaged, see test_fuzz.py."""
     packed(tmp_path / 'toy')
     shutil.copytree(tmp_path / 'toy', tmp_path / 'copy', copy_function=shutil.copyfile)
     assert len(data.load_split(tmp_path / 'copy', 'train')) == 2
-    path = tmp_path / 'toy' / file
-    content = bytearray(path.read_bytes())
-    time = path.stat().st_mtime_ns
-    content[2 * len(content) // 3] ^= 4
-    path.write_bytes(content if damage == 'one bit' else content[:len(content) // 2])
-    os.utime(path, ns=(time, time))
-    if damage == 'nothing left':
-        os.remove(path)
-    sentence(lambda: data.load_split(tmp_path / 'toy', 'train'), path)
+    os.remove(tmp_path / 'copy' / file)
+    sentence(lambda: data.load_split(tmp_path / 'copy', 'train'), tmp_path / 'copy' / file)
 
 
-@pytest.mark.parametrize('content', [
-    b'[1]', b'\xff\xff', b'[' * 100_000, dict(name=None), dict(skeleton=['smpl22']), dict(files=3),
-    dict(max_frames=0)])
-def test_meta_that_makes_no_sense(tmp_path, content):
+@pytest.mark.parametrize('change', [
+    dict(name=None), dict(skeleton=['smpl22']), dict(files=3), dict(max_frames=0)])
+def test_meta_that_makes_no_sense(tmp_path, change):
     packed(tmp_path)
     path = tmp_path / 'meta.json'
-    if isinstance(content, dict):
-        content = json.dumps(json.loads(path.read_text()) | content).encode()
-    path.write_bytes(content)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     sentence(lambda: data.load_split(tmp_path, 'train'), path)
 
 
@@ -214,9 +182,9 @@ def test_cached_tokens_of_another_shape(tmp_path, change):
     sentence(lambda: data.cached_tokens(FrameNumbers(), split, path), path, 'delete it')
 
 
-@pytest.mark.parametrize('vectors', [None, np.ones((2, 512)), np.full((1, 512), np.nan, 'f4')])
-def test_cached_text_of_another_kind(tmp_path, vectors):
-    arrays = {} if vectors is None else dict(vectors=vectors)
+@pytest.mark.parametrize('arrays', [
+    {}, dict(vectors=np.ones((2, 512))), dict(vectors=np.full((1, 512), np.nan, 'f4'))])
+def test_cached_text_of_another_kind(tmp_path, arrays):
     np.savez(tmp_path / 'text_clip.npz', captions=['a'], **arrays)
     sentence(lambda: text.caption_vectors(['a'], 'clip', cache=str(tmp_path)), 'text_clip.npz',
              'delete it')
@@ -242,56 +210,58 @@ def vq_file(tmp_path_factory):
     return path
 
 
-CHANGES = {
-    'another program': lambda c: {'state_dict': {}},
-    'a tensor': lambda c: torch.ones(3),
-    'another kind': lambda c: c | dict(kind='mask'),
-    'no config': lambda c: {key: c[key] for key in ('kind', 'model')},
-    'a setting of another version': lambda c: c | dict(config=c['config'] | dict(heads=3)),
-    'a setting of another type': lambda c: c | dict(config=c['config'] | dict(width='4')),
-    'codes beyond int16': lambda c: c | dict(config=c['config'] | dict(n_codes=40000)),
-    'config is a list': lambda c: c | dict(config=[3]),
-    'model is a list': lambda c: c | dict(model=[3]),
-    'a weight that is a number': lambda c: c | dict(model=c['model'] | {'encoder.0.bias': 3}),
-    'NaN': lambda c: c | dict(model=c['model'] | {'encoder.0.bias': torch.full((4,), np.nan)})}
-
-
-@pytest.mark.parametrize('what', CHANGES)
-def test_checkpoints_that_make_no_sense(tmp_path, vq_file, what):
+@pytest.mark.parametrize('change', [
+    lambda c: {'state_dict': {}},                                                # another program
+    lambda c: torch.ones(3),
+    lambda c: c | dict(kind='mask'),
+    lambda c: {key: c[key] for key in ('kind', 'model')},
+    lambda c: c | dict(config=c['config'] | dict(heads=3)),                      # another version
+    lambda c: c | dict(config=c['config'] | dict(width='4')),
+    lambda c: c | dict(config=c['config'] | dict(n_codes=40000)),                # beyond int16
+    lambda c: c | dict(config=[3]),
+    lambda c: c | dict(model=[3]),
+    lambda c: c | dict(model=c['model'] | {'encoder.0.bias': 3}),
+    lambda c: c | dict(model=c['model'] | {'encoder.0.bias': torch.full((4,), np.nan)})])
+def test_checkpoints_that_make_no_sense(tmp_path, vq_file, change):
     path = tmp_path / 'vq.pt'
-    torch.save(CHANGES[what](torch.load(vq_file)), path)
+    torch.save(change(torch.load(vq_file)), path)
     sentence(lambda: load_tokenizer(str(path)), path)
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_no_checkpoint_with_nan_is_written(tmp_path, bad):
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint, which is still there after a test that fails to replace it."""
     path = tmp_path / 'x.pt'
     runtime.save({'model': {'a': torch.ones(2)}}, path)
     before = path.read_bytes()
-    wrong = {'model': {'a': torch.ones(2), 'b': torch.tensor([1, bad])}}
-    sentence(lambda: runtime.save(wrong, path), path, 'b has NaN')
+    yield path
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['x.pt']
 
 
-def test_a_full_disk(tmp_path, capsys, monkeypatch):
-    """A limit on the size of files takes its place. An error of the system outside of our own
-    writers is printed as its sentence, too."""
-    path = tmp_path / 'x.pt'
-    runtime.save({'a': torch.ones(2)}, path)
-    before = path.read_bytes()
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_no_checkpoint_with_nan_is_written(saved, bad):
+    wrong = {'model': {'a': torch.ones(2), 'b': torch.tensor([1, bad])}}
+    sentence(lambda: runtime.save(wrong, saved), saved, 'b has NaN')
+
+
+def test_a_full_disk(saved):
+    """A limit on the size of files takes its place."""
+    def write_array(path):
+        with runtime.atomic_write(path) as f:
+            np.save(f, np.ones(1_000_000))
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        sentence(lambda: runtime.save({'a': torch.ones(1_000_000)}, path), path, 'disk')
-        with pytest.raises(UserError, match='x.npy was not written'):
-            with runtime.atomic_write(tmp_path / 'x.npy') as f:
-                np.save(f, np.ones(1_000_000))
+        sentence(lambda: runtime.save({'a': torch.ones(1_000_000)}, saved), saved, 'disk')
+        sentence(lambda: write_array(saved), saved, 'disk')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ['x.pt']
 
+
+def test_an_error_of_the_system_is_one_sentence(capsys, monkeypatch):
+    """Also outside of our own writers."""
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     configurator.install_error_hook()
     with pytest.raises(SystemExit):
@@ -318,17 +288,17 @@ def test_a_checkpoint_is_readable_at_every_moment(tmp_path):
 
 
 @pytest.mark.parametrize('opt', [
-    b'n_heads: 0\nvq_name: a\n', b'n_heads: 6\nvq_name: ../../a\n', b'vq_name: a\n', b'\xff\xff'])
+    'n_heads: 0\nvq_name: a\n', 'n_heads: 6\nvq_name: ../../a\n', 'vq_name: a\n'])
 def test_options_of_official_checkpoints(tmp_path, opt):
     path = tmp_path / 't2m' / 'x' / 'opt.txt'
-    os.makedirs(path.parent)
-    path.write_bytes(opt)
+    path.parent.mkdir(parents=True)
+    path.write_text(opt)
     sentence(lambda: momask.read_opt(tmp_path, 't2m', 'x'), path)
 
 
 @pytest.mark.parametrize('name', ['file/x.json', 'n' * 300 + '/x', 'folder', 'a\0b/x'])
 def test_places_that_cannot_be_written(tmp_path, name):
-    (tmp_path / 'file').write_text('')
+    (tmp_path / 'file').touch()
     (tmp_path / 'folder').mkdir()
     path = os.path.join(tmp_path, name)
     sentence(lambda: runtime.must_be_writable(path), path)

@@ -1,7 +1,9 @@
 """The commands in README.md, RESULTS.md, SPEED.md, USAGE.md and at the top of each script belong to
 this code: the README's toy commands run on a tiny set, in order, and every word of all others is
-understood by its script. The README's fork works. --help shows all settings."""
+understood by its script. The README's fork works. --help shows all settings. The commands for the
+tables of the papers run on HumanML3D in miniature."""
 import glob
+import json
 import os
 import re
 import shlex
@@ -11,7 +13,9 @@ from functools import partial
 
 import pytest
 from conftest import PROJECT, PYTHON, run_script
-from test_train import TINY, write_data
+from rehearse_hml3d import write_source
+from test_eval import write_glove, write_official
+from test_train import CONFIG, TINY, write_folder
 
 import prepare_data
 from lib.configurator import SHARED, UserError, configure, settings_lines
@@ -34,8 +38,7 @@ def settings_of(script):
     return [line for line in lines if re.match(r'\w+ = ', line)]
 
 
-SCRIPTS = [os.path.basename(path) for path in sorted(glob.glob(os.path.join(PROJECT, '*.py')))
-           if settings_of(path)]
+SCRIPTS = [script for script in sorted(glob.glob('*.py', root_dir=PROJECT)) if settings_of(script)]
 
 
 def commands(path):
@@ -101,39 +104,49 @@ def recipe(target):
     return [shlex.split(line) for line in lines if line.startswith('.venv/bin/python')]
 
 
+FEW = '''
+vq_iters = mask_iters = res_iters = len_iters = ev_steps = steps = 2
+clips = repeats = pooled = 2
+max_clips = 32
+mm_batches = 0
+length = 16
+'''
+
+
+def write_configs(folder, name):
+    """A copy of config/ in which config/<name>.py has tiny networks and few steps."""
+    shutil.copytree(os.path.join(PROJECT, 'config'), folder / 'config')
+    with open(folder / 'config' / f'{name}.py', 'a') as f:
+        f.write(TINY.replace("'tiny'", f"'{name}'") + FEW)
+
+
 def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     """From make demo to the last command on toy, in order, with few clips and few steps. The files
     that the README says they make must exist."""
-    shutil.copytree(os.path.join(PROJECT, 'config'), tmp_path / 'config')
-    few = ('length = 16\nmax_clips = 32\nclips = 2\nsteps = 2\nmm_batches = 0\n'
-           'vq_iters = 2\nmask_iters = 2\nres_iters = 2\nlen_iters = 2\nev_steps = 2\n')
-    with open(tmp_path / 'config' / 'toy.py', 'a') as f:
-        f.write(TINY.replace("'tiny'", "'toy'") + few)
+    write_configs(tmp_path, 'toy')
     monkeypatch.chdir(tmp_path)
     sizes = dict(train=40, val=32, test=32)
     monkeypatch.setattr(prepare_data, 'prepare_toy', partial(prepare_data.prepare_toy, sizes=sizes))
 
-    readme = commands('README.md')
+    demo, readme = [words[1:] for words in recipe('demo')], commands('README.md')
     assert readme[0][0] == ['make', 'demo']
     done = []
-    for words, made in [(words, []) for words in recipe('demo')] + readme:
-        if words[0] == 'make':
+    for words, made in [(['python', *words], []) for words in demo] + readme[1:]:
+        if words[0] == 'make' or words[1:] in done:
             continue
+        done.append(words[1:])
         script, arguments = split(words)
-        left_out = (script in ('study.py', 'app.py') or 'out/mine' in str(words)   # hours, endless,
-                    or words[1:] in done)                                         # the fork's, done
-        if script == 'prepare_data.py' and arguments == ['toy'] and not done:
+        endless = script in ('study.py', 'app.py') or 'out/mine' in str(words)   # or the fork's
+        if arguments == ['toy']:
             prepare_data.main(arguments)
-        elif 'config/toy.py' in arguments and not left_out:
+        elif 'config/toy.py' in arguments and not endless:
             once = ['--repeats=1'] if script == 'eval_t2m.py' else []
             code, out, err = run_script(tmp_path, script, *arguments, *once)
             assert code == 0, f'{" ".join(words)}\n{out}{err}'
             assert all(os.path.exists(path) for path in made), words
-        done.append(words[1:])
-        for motion in sorted(glob.glob('out/toy/samples/*.npy'))[:1]:   # for later commands
+        for motion in glob.glob('out/toy/samples/*.npy')[:1]:   # for later commands
             for name in ('walk.npy', 'a.npy', 'b.npy'):
                 shutil.copy(motion, name)
-    demo = [words[1:] for words in recipe('demo')]
     shared = [words[1:] for words, _ in readme if words[1:] in demo]
     assert [words for words in demo if words in shared] == shared[:6]
 
@@ -142,22 +155,49 @@ def test_the_fork_of_the_readme(tmp_path):
     """The patch applies, has at most ten new lines, and trains."""
     patch, = re.findall(r'```diff\n(.*?)```', text_of('README.md'), re.DOTALL)
     assert len(re.findall(r'^\+(?!\+)', patch, re.MULTILINE)) <= 10
-    for path in glob.glob(os.path.join(PROJECT, '*.py')):
+    for path in glob.glob(f'{PROJECT}/*.py'):
         shutil.copy(path, tmp_path)
     for folder in ('lib', 'config'):
         shutil.copytree(os.path.join(PROJECT, folder), tmp_path / folder)
     subprocess.run(['patch', '-p1'], cwd=tmp_path, input=patch, text=True, check=True)
-    (tmp_path / 'config' / 'tiny.py').write_text(TINY)
-    write_data(str(tmp_path / 'data' / 'tiny'))
+    write_folder(tmp_path)
     for name, *arguments in (['train_vq.py', '--vq_iters=2'],
                              ['train_mask.py', '--mask_by=mine', '--mask_iters=5']):
         script = str(tmp_path / name)
-        code, out, err = run_script(tmp_path, script, 'config/tiny.py', *arguments,
-                                    launcher=PYTHON)
+        code, out, err = run_script(tmp_path, script, CONFIG, *arguments, launcher=PYTHON)
         assert code == 0, out + err
     assert 'step 5: val cross-entropy' in out + err
-    code, _, err = run_script(tmp_path, script, 'config/tiny.py', '--mask_by=nonsense')
+    code, _, err = run_script(tmp_path, script, CONFIG, '--mask_by=nonsense')
     assert code == 2 and 'mask_by' in err and err.count('\n') == 1
+
+
+def papers_tables():
+    """The commands from DynMask's Table 1 to HGM3's Table D: scripts and arguments."""
+    ours = [words for words, _ in commands('USAGE.md') if 'config/hml3d.py' in words]
+    first = next(i for i, words in enumerate(ours) if '--out_dir=out/dynmask' in words)
+    last = max(i for i, words in enumerate(ours) if '--out_dir=out/graph' in words)
+    return [split(words) for words in ours[first:last + 1]]
+
+
+def test_every_table_of_the_papers(tmp_path):
+    write_configs(tmp_path, 'hml3d')
+    source = tmp_path / 'HumanML3D'
+    write_source(source, 40)
+    for name in ('train', 'val', 'test'):   # all clips, because R-precision needs 32
+        (source / f'{name}.txt').write_text('\n'.join(f'{i:06d}' for i in range(40)))
+    write_official(tmp_path / 'checkpoints', dim=263)
+    write_glove(tmp_path / 'checkpoints' / 'glove')
+
+    prepare = ['hml3d', '--src=HumanML3D']
+    tables = papers_tables()
+    assert len(tables) > 25
+    for script, arguments in [('prepare_data.py', prepare),
+                              ('prepare_data.py', [*prepare, '--out=data/babel']), *tables]:
+        code, out, err = run_script(tmp_path, script, *arguments)
+        assert code == 0, f'{script} {" ".join(arguments)}\n{out}{err}'
+        for path in (word.partition('=')[2] for word in arguments if '--eval_json=' in word):
+            result = json.loads((tmp_path / path).read_text())
+            assert {'tokenizer', 'base tokens only', 'full'} <= set(result['rows']), path
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

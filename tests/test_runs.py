@@ -1,5 +1,4 @@
-"""Runs never damage another run's files, and keep their own checkpoints when they diverge. Places
-that cannot be written are refused before the work."""
+"""Runs never damage another run's files, and keep their own checkpoints when they diverge."""
 import glob
 import json
 import os
@@ -21,23 +20,24 @@ from lib import runtime
 from lib.configurator import read_config_file
 from lib.data import digest
 
-MAIN = SimpleNamespace(main=True)
 SETTINGS = dict(init_from='scratch', overwrite=False, lr=1e-3, weight_decay=1e-5, seed=0,
                 text_encoder='hash', mask_iters=100, eval_every=10, device='cpu')
+IDENTITY = dict(data_hash='d', vq_hash='v')
 
 
-def start(folder, identity=dict(data_hash='d', vq_hash='v'), **changes):
+def start(folder, **changes):
     """Open a run and release its lock."""
+    identity = {key: changes.pop(key, value) for key, value in IDENTITY.items()}
     settings = {**SETTINGS, **changes}
     try:
-        return runtime.open_run(MAIN, folder, 'mask', settings, settings['mask_iters'], **identity)
+        return runtime.open_run(SimpleNamespace(main=True), folder, 'mask', settings,
+                                settings['mask_iters'], **identity)
     finally:
         runtime.locks.pop().release()
 
 
-def save_run(folder, name='mask_last.pt', **changes):
-    checkpoint = dict(kind='mask', it=70, model={}, settings=SETTINGS, data_hash='d', vq_hash='v')
-    runtime.save({**checkpoint, **changes}, folder / name)
+def save_run(folder, name='mask_last.pt'):
+    runtime.save(dict(kind='mask', it=70, model={}, settings=SETTINGS, **IDENTITY), folder / name)
 
 
 # ------------------------------------------------------------------------- folders of other runs
@@ -52,7 +52,6 @@ def test_a_run_from_scratch_leaves_another_alone(tmp_path, name):
     sentence(lambda: start(tmp_path, lr=2e-3), 'lr was 0.001, now 0.002', *facts)
     assert start(tmp_path, overwrite=True) is None
     (tmp_path / name).write_bytes(b'of another program')
-    sentence(lambda: start(tmp_path), name)
     sentence(lambda: start(tmp_path, overwrite=True), name)
     assert (tmp_path / name).read_bytes() == b'of another program'
 
@@ -62,21 +61,15 @@ def test_a_run_from_scratch_leaves_another_alone(tmp_path, name):
     ('data_hash', 'other'), ('vq_hash', 'other')])
 def test_resume_refuses_another_run(tmp_path, key, value):
     save_run(tmp_path)
-    identity = {name: value if name == key else name[0] for name in ('data_hash', 'vq_hash')}
-    changes = {} if key in identity else {key: value}
-    sentence(lambda: start(tmp_path, identity, init_from='resume', **changes), f'{key} was',
+    sentence(lambda: start(tmp_path, init_from='resume', **{key: value}), f'{key} was',
              f'now {value}', 'step 70')
-
-
-def test_resume_refuses_fewer_steps_than_done(tmp_path):
-    save_run(tmp_path)
-    sentence(lambda: start(tmp_path, init_from='resume', mask_iters=60), '70 steps', '60')
 
 
 def test_what_resume_may_change(tmp_path):
     save_run(tmp_path)
     changes = dict(mask_iters=200, eval_every=5, device='cuda', overwrite=True)
     assert start(tmp_path, init_from='resume', **changes)['it'] == 70
+    sentence(lambda: start(tmp_path, init_from='resume', mask_iters=60), '70 steps', '60')
     assert {'ev_steps', 'ev_eval_every', 'glove_dir'} <= runtime.MAY_CHANGE
     assert runtime.MAY_CHANGE.isdisjoint(
         'lr weight_decay seed text text_encoder batch_size warmup dropout window_frames'.split())
@@ -97,6 +90,7 @@ def test_resume_of_something_else(tmp_path, checkpoint):
 
 
 def test_the_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
+    """A run that has lost its lock does not save."""
     child = os.fork()
     if not child:
         runtime.lock(tmp_path, 'mask')
@@ -106,7 +100,7 @@ def test_the_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
     try:
         while not (tmp_path / 'locked').exists():
             time.sleep(0.01)
-        sentence(lambda: runtime.lock(tmp_path, 'mask'), str(tmp_path), 'mask.pt')
+        sentence(lambda: runtime.lock(tmp_path, 'mask'), tmp_path, 'mask.pt')
         runtime.lock(tmp_path, 'res')   # for other files
         (tmp_path / '.mask_last.pt.x1.tmp').write_text('half of it')
     finally:
@@ -114,19 +108,14 @@ def test_the_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
         os.waitpid(child, 0)
     runtime.lock(tmp_path, 'mask')
     assert not (tmp_path / '.mask_last.pt.x1.tmp').exists()
-    while runtime.locks:
-        runtime.locks.pop().release()
-
-
-def test_a_lock_that_was_removed_stops_the_next_save(tmp_path):
-    runtime.lock(tmp_path, 'mask')
     try:
         runtime.save({'a': 1}, tmp_path / 'mask.pt')
         os.remove(tmp_path / '.mask.lock')
         sentence(lambda: runtime.save({'a': 2}, tmp_path / 'mask.pt'), '.mask.lock')
     finally:
-        runtime.locks.pop().release()
-    assert torch.load(tmp_path / 'mask.pt')['a'] == 1
+        while runtime.locks:
+            runtime.locks.pop().release()
+    assert load(tmp_path / 'mask.pt')['a'] == 1
 
 
 @pytest.mark.parametrize('stage, files', [
@@ -136,8 +125,7 @@ def test_scripts_leave_another_run_alone(folder, stage, files):   # noqa: F811
     out = out_dir(folder, f'taken_{stage}', *files)
     before = [(folder / out / file).read_bytes() for file in files]
     said = run(folder, *train(stage), f'--out_dir={out}', '--seed=5', ok=False)
-    assert f'{files[-1]} exists, step ' in said
-    assert 'seed was' in said and 'now 5' in said
+    assert f'{files[-1]} exists, step ' in said and 'seed was' in said
     assert before == [(folder / out / file).read_bytes() for file in files]
 
 
@@ -158,28 +146,27 @@ def test_resume_on_other_data(folder):   # noqa: F811
 # -------------------------------------------------------------------------------------- divergence
 
 DIVERGE = '''
-import model
-import vq
-from lib import evaluator
+import torch
 
-owner, name = {{'mask': (model.MaskTransformer, 'forward'), 'vq': (vq.RVQVAE, 'forward'),
-               'eval': (evaluator.Evaluator, 'encode_motion')}}['{stage}']
-original = getattr(owner, name)
 calls = 0
 
 
-def diverge(self, *inputs, **named):
+def diverge(network, inputs, out):
     global calls
-    out = original(self, *inputs, **named)
-    calls += self.training == ('{mode}' == 'training')
+    if type(network).__name__ != '{network}' or network.training != ('{mode}' == 'training'):
+        return out
+    calls += 1
     if calls < {call}:
         return out
     nan = float('nan')
     return (out[0] * nan, *out[1:]) if isinstance(out, tuple) else out * nan
 
 
-setattr(owner, name, diverge)
+torch.nn.modules.module.register_module_forward_hook(diverge)
 '''
+
+
+NETWORK = dict(mask='MaskTransformer', vq='RVQVAE', eval='BiGRU')
 
 
 @pytest.mark.parametrize('stage, mode, call, fact, step', [
@@ -194,34 +181,18 @@ def test_divergence_spares_checkpoints(folder, stage, mode, call, fact, step):  
     out = out_dir(folder, f'nan_{stage}_{mode}', *['vq.pt'][stage != 'mask':])
     # the loss is looked at when it is logged, here only at evaluations
     rarely = '--ev_eval_every=2' if stage == 'eval' else '--log_every=50'
-    code, _, err = run_script_with(DIVERGE.format(stage=stage, mode=mode, call=call), folder,
-                                   *train(stage), f'--out_dir={out}', rarely)
+    hook = DIVERGE.format(network=NETWORK[stage], mode=mode, call=call)
+    code, _, err = run_script_with(hook, folder, *train(stage), f'--out_dir={out}', rarely)
     assert code == 2
     assert fact in err.splitlines()[-1]
     assert step == 0 or 'clip' in err.split(fact)[1]
-    for file in os.listdir(folder / out):
-        if file.endswith('.pt') and not (stage == 'mask' and file == 'vq.pt'):
-            saved = load(folder / out / file)
-            assert saved['it'] == step
-            assert runtime.not_finite(saved.get('model') or saved['state']) is None
+    for path in (folder / out).glob(f'{stage}*.pt'):
+        saved = load(path)
+        assert saved['it'] == step
+        assert runtime.not_finite(saved['model']) is None
 
 
-# ---------------------------------------------------------------------------- places and prompts
-
-
-def test_places_are_looked_at_before_the_work(folder):   # noqa: F811
-    (folder / 'a_file').write_text('')
-    os.makedirs(folder / 'a_folder.json', exist_ok=True)
-    sample = ['sample.py', CONFIG, '--prompt=a person walks', '--length=40']
-    said = run(folder, *sample, '--samples_dir=a_file/samples', ok=False)
-    assert 'a_file/samples' in said and 'generated' not in said
-    evaluate = ['eval_t2m.py', CONFIG, '--repeats=1', '--mm_batches=0']
-    for path in ('a_folder.json', '/proc/x/y.json'):
-        said = run(folder, *evaluate, f'--eval_json={path}', ok=False)
-        assert path in said and 'generated' not in said
-    for command in (train('vq'), train('eval'), [*train('mask'), '--vq=out/tiny/vq.pt']):
-        said = run(folder, *command, '--out_dir=a_file/out', ok=False)
-        assert 'a_file/out' in said and 'step' not in said
+# ------------------------------------------------------------------------------------------ files
 
 
 @pytest.mark.parametrize('content, fact', [
@@ -233,12 +204,19 @@ def test_prompt_files(folder, content, fact):   # noqa: F811
     assert fact in run(folder, 'sample.py', CONFIG, f'--prompts={name}', ok=False)
 
 
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / 'notepad.py').write_bytes(b'\xef\xbb\xbfseed = 3\r\n')
+    assert read_config_file(str(tmp_path / 'notepad.py'), {'seed': 0}) == {'seed': 3}
+
+
 # ----------------------------------------------------------------------------------------- signals
 
+each_signal = pytest.mark.parametrize('number, word', [(2, 'Interrupted.'), (15, 'Terminated.')])
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_training_in_one_sentence(folder, number, code):   # noqa: F811
-    out = out_dir(folder, f'signal_{code}', 'vq.pt')
+
+@each_signal
+def test_a_signal_ends_training_in_one_sentence(folder, number, word):   # noqa: F811
+    out = out_dir(folder, f'signal_{number}', 'vq.pt')
     script, *settings = [*train('mask'), f'--out_dir={out}', '--mask_iters=100000']
     process = subprocess.Popen([sys.executable, os.path.join(PROJECT, script), *settings],
                                cwd=folder, stderr=subprocess.PIPE, text=True,
@@ -251,19 +229,13 @@ def test_a_signal_ends_training_in_one_sentence(folder, number, code):   # noqa:
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert process.returncode == code
-    assert 'Traceback' not in said
-    assert said.count('erminated.') + said.count('nterrupted.') == 1
+    assert process.returncode == 128 + number
+    assert 'Traceback' not in said and said.count(word) == 1
     assert load(folder / out / 'mask_last.pt')['it'] > 0
     assert not list((folder / out).glob('.*.tmp'))
 
 
-def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / 'notepad.py').write_bytes(b'\xef\xbb\xbfseed = 3\r\n')
-    assert read_config_file(str(tmp_path / 'notepad.py'), {'seed': 0}) == {'seed': 3}
-
-
-@pytest.mark.parametrize('number, word', [(2, 'Interrupted.'), (15, 'Terminated.')])
+@each_signal
 def test_signals_while_a_script_imports(number, word):
     """Every script imports the configurator first, so that this holds for its other imports."""
     code = (f'import os, sys; sys.argv = ["{PROJECT}/sample.py"]; import lib.configurator; '
@@ -275,5 +247,5 @@ def test_signals_while_a_script_imports(number, word):
         with open(path, encoding='utf-8') as f:
             text = f.read()
         if 'configure(globals()' in text:
-            assert re.search(r'^(import|from) .*', text, re.MULTILINE)[0].startswith(
-                'import lib.configurator')
+            first = re.search('^(import|from) .*', text, re.MULTILINE)[0]
+            assert first.startswith('import lib.configurator'), path

@@ -20,8 +20,7 @@ def test_hashed_text():
                 'A person walks, then kicks.']
     c, role = text.caption_vectors(captions, 'hash')
     assert c.shape == (3, 1, 512)
-    assert role.shape == (3, 1)
-    assert role.all()
+    assert role.tolist() == [[1]] * 3
     walks, kicks, again = c[:, 0]
     assert torch.equal(walks, again)
     assert torch.equal(walks, vector(captions[0]))
@@ -32,35 +31,34 @@ def test_hashed_text():
     assert worst(vector('a person jogs'), vector('a person jumps')) > 0.1
 
 
-def test_clauses():
-    clauses = text.clauses
-    assert clauses('a person walks forward, then kicks with the left leg') == [
-        'a person walks forward', 'kicks with the left leg']
-    assert clauses('he turns around and, after that, sits down before waving.') == [
-        'he turns around', 'sits down', 'waving']
-    assert clauses('First she runs; finally she stands') == ['she runs', 'she stands']
-    assert clauses('a thenar andante') == ['a thenar andante']   # words, not parts of words
-    assert clauses(' , and then!') == []
-    _, index, _ = text.encode_captions(['walks, ' * 100], 'hash', 'clauses')
-    assert index.shape == (1, 1 + text.MOST_TOKENS)
+@pytest.mark.parametrize('caption, clauses', [
+    ('a person walks forward, then kicks with the left leg',
+     ['a person walks forward', 'kicks with the left leg']),
+    ('he turns around and, after that, sits down before waving.',
+     ['he turns around', 'sits down', 'waving']),
+    ('First she runs; finally she stands', ['she runs', 'she stands']),
+    ('a thenar andante', ['a thenar andante']),   # words, not parts of words
+    (' , and then!', [])])
+def test_clauses(caption, clauses):
+    assert text.clauses(caption) == clauses
 
 
-@pytest.mark.parametrize('mode', ['sentence', 'clauses'])
-def test_condition_tokens(mode):
+@pytest.mark.parametrize('mode, counts', [('sentence', [1, 1, 1]), ('clauses', [3, 2, 2])])
+def test_condition_tokens(mode, counts):
     """The first condition token is the sentence, and a text that captions share is stored once."""
     captions = ['a man walks, then jumps', 'a man walks', 'jumps']
     vectors, index, role = text.encode_captions(captions, 'hash', mode)
     c, _ = text.caption_vectors(captions, 'hash', mode)
     assert torch.equal(c, vectors[index])
     assert torch.equal(role > 0, index > 0)
-    sentences, _ = text.caption_vectors(captions, 'hash')
-    assert torch.equal(c[:, :1], sentences)
+    assert torch.equal(c[:, :1], text.caption_vectors(captions, 'hash')[0])
     assert not vectors[0].any()
-    expected = {'sentence': [1, 1, 1], 'clauses': [3, 2, 2]}[mode]
-    assert role.sum(1).tolist() == expected
+    assert role.sum(1).tolist() == counts
     assert len(vectors) == 1 + 3   # "a man walks", "jumps" and the long sentence
     if mode == 'clauses':
         assert index[0, 2] == index[2, 0]   # "jumps" as a clause and as a sentence
+        index = text.encode_captions(['walks, ' * 100], 'hash', mode)[1]
+        assert index.shape == (1, 1 + text.MOST_TOKENS)
 
 
 def test_clip_tower_and_its_cache(tmp_path):
@@ -75,16 +73,12 @@ def test_clip_tower_and_its_cache(tmp_path):
         return tower(captions)
 
     def encode(captions):
-        c, role = text.caption_vectors(captions, 'clip', cache=str(tmp_path),
-                                       tower=lambda device: counting_tower)
-        assert role.shape == c.shape[:2]
-        assert role.all()
-        return c
+        return text.caption_vectors(captions, 'clip', cache=str(tmp_path),
+                                    tower=lambda device: counting_tower)[0]
 
     x = encode(['a person walks', 'a person runs', 'a person walks'])
     assert x.shape == (3, 1, 512)
     assert torch.equal(x[0], x[2])
-    assert worst(x[0], x[1]) > 1e-3
     assert abs(x[0].norm() - 1) > 1e-2   # un-normalized, as in MoMask
     y = encode(['a person walks', 'a person jumps'])
     assert torch.equal(x[0], y[0])
@@ -107,13 +101,9 @@ GRAPHS = {
     # the toy set's grammar
     'someone/PRON wave/VERB with/ADP the/DET left/ADJ hand/NOUN slowly/ADV':
         'wave(ARG0: someone; ARG2: with the left hand; MNR: slowly)',
-    'a/DET person/NOUN stroll/VERB ahead/ADV slowly/ADV then/ADV bounce/VERB on/ADP '
-    'one/NUM leg/NOUN':
-        'stroll(ARG0: a person; DIR: ahead; MNR: slowly) bounce(TMP: then; LOC: on one leg)',
     'the/DET person/NOUN leap/VERB up/ADV and/CCONJ then/ADV jog/VERB ahead/ADV finally/ADV '
     'sit/VERB down/ADV':
         'leap(ARG0: the person; DIR: up) jog(TMP: then; DIR: ahead) sit(TMP: finally; DIR: down)',
-    'a/DET man/NOUN take/VERB a/DET seat/NOUN': 'take(ARG0: a man; ARG1: a seat)',
     'a/DET person/NOUN raise/VERB both/DET hand/NOUN and/CCONJ after/ADP that/PRON bow/VERB':
         'raise(ARG0: a person; ARG1: both hand) bow(TMP: after that)',
     # HumanML3D's lines
@@ -122,14 +112,10 @@ GRAPHS = {
         'kick(ARG0: a man; ARG1: something; ARG1: someone; ARG2: with his left leg)',
     'he/PRON is/AUX walk/VERB from/ADP the/DET door/NOUN to/ADP the/DET table/NOUN':
         'walk(ARG0: he; ARG3: from the door; ARG4: to the table)',
-    'person/NOUN walk/VERB around/ADP in/ADP a/DET circle/NOUN':
-        'walk(ARG0: person; DIR: around; LOC: in a circle)',
     'a/DET person/NOUN who/PRON sit/VERB stand/VERB up/ADV':
         'sit(ARG0: a person who) stand(DIR: up)',
     'a/DET figure/NOUN bend/VERB down/ADP while/SCONJ hold/VERB a/DET box/NOUN':
         'bend(ARG0: a figure; DIR: down) hold(ARG1: a box)',
-    'the/DET man/NOUN run/VERB like/ADP a/DET child/NOUN':
-        'run(ARG0: the man; MNR: like a child)',
     'a/DET man/NOUN wave/VERB and/CCONJ a/DET woman/NOUN bow/VERB':
         'wave(ARG0: a man) bow(ARG0: a woman)',
     'a/DET person/NOUN suddenly/ADV fall/VERB': 'fall(ARG0: a person; ADV: suddenly)',
@@ -141,8 +127,7 @@ GRAPHS = {
     'left/NOUN before/ADP sit/VERB down/ADV on/ADP a/DET chair/NOUN with/ADP his/DET hand/NOUN '
     'up/ADV':
         'walk(ARG0: the man; DIR: forward; MNR: quickly) turn(TMP: then; DIR: to the left) '
-        'sit(TMP: before; DIR: down; LOC: on a chair; ARG2: with his hand; DIR: up)',
-}
+        'sit(TMP: before; DIR: down; LOC: on a chair; ARG2: with his hand; DIR: up)'}
 
 
 def written(nodes):
@@ -170,7 +155,7 @@ def test_prompts_get_the_tags_of_training_captions():
 
 
 def test_roles_have_the_same_numbers_in_both_files():
-    for name in ('MOTION', 'ACTION', 'FIRST_EDGE'):
-        assert getattr(hgm3, name) == getattr(text, name)
+    names = ('MOTION', 'ACTION', 'FIRST_EDGE')
+    assert [getattr(hgm3, name) for name in names] == [getattr(text, name) for name in names]
     assert hgm3.N_EDGES == len(text.EDGES)
     assert text.EDGES[-1] == 'MA'

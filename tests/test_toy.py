@@ -5,15 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from lib import detect
-from lib import toy, toy_language
+from lib import detect, toy, toy_language
 from lib.motion import SKELETONS
 
 PARENTS = SKELETONS['smpl22'].parents
 FEET = toy.ANKLES + toy.TOES
 FEET_ON_FLOOR = [toy.TOE_Y + toy.TOE_TO_ANKLE[1]] * 2 + [toy.TOE_Y] * 2   # their heights
-FAST = {'run', 'kick', 'jump'}
-FLYING = {'run', 'jump', 'hop'}
 
 
 @pytest.fixture(scope='module')
@@ -40,24 +37,17 @@ def perform(*actions, side='left', seed=0):
 def test_same_seed_same_clip(clips):
     again = toy.make_clip(7_000_000)
     assert np.array_equal(clips[0]['joints'], again['joints'])
-    assert clips[0]['captions'] == again['captions'] and clips[0]['script'] == again['script']
+    assert clips[0]['captions'] == again['captions']
     assert len({clip['joints'].tobytes() for clip in clips}) == len(clips)
 
 
-def test_shapes_lengths_and_scripts(clips):
+def test_scripts_and_first_frames(clips):
+    assert set.union(*map(actions_of, clips)) == set(toy.ACTIONS)
     for clip in clips:
-        joints = clip['joints']
-        assert toy.MIN_FRAMES <= len(joints) <= toy.MAX_FRAMES
-        assert joints.shape[1:] == (22, 3) and joints.dtype == np.float32
-        assert np.isfinite(joints).all()
         assert 1 <= len(actions_of(clip)) == len(clip['script']) <= 3   # no action twice
         assert 'sit down' not in [item['action'] for item in clip['script'][:-1]]
-    assert set.union(*map(actions_of, clips)) == set(toy.ACTIONS)
-
-
-def test_first_frame_is_at_the_origin_and_faces_z(clips):
-    for clip in clips:
-        first = clip['joints'][0]
+        assert toy.MIN_FRAMES <= len(clip['joints']) <= toy.MAX_FRAMES
+        first = clip['joints'][0]   # at the origin, faces Z+
         assert np.abs(first[0, [0, 2]]).max() < 1e-6
         left_hip, right_hip = first[toy.HIPS]
         assert left_hip[0] > right_hip[0] + 0.1
@@ -67,6 +57,7 @@ def test_first_frame_is_at_the_origin_and_faces_z(clips):
 
 def test_bones_keep_their_length(clips):
     joints = np.concatenate([clip['joints'] for clip in clips])
+    assert joints.dtype == np.float32
     lengths = np.linalg.norm(joints - joints[:, PARENTS], axis=-1)
     assert np.ptp(lengths, axis=0).max() < 1e-4  # the same body in all clips
 
@@ -79,8 +70,8 @@ def test_planted_feet_do_not_move(clips):
         planted = (above[:-1] < 1e-6) & (above[1:] < 1e-6)
         step = np.linalg.norm(np.diff(feet, axis=0), axis=-1)
         assert step[planted].max() < 1e-4
-        if not FLYING & actions_of(clip):
-            assert above.min(1).max() < 1e-3  # some foot is always on the floor
+        lifted = above.min(1).max()   # of the lower foot
+        assert lifted > 0.01 if {'run', 'jump', 'hop'} & actions_of(clip) else lifted < 1e-3
         if not planted.all():
             moving.append((step[~planted] > 0.01).mean())
     assert np.mean(moving) > 0.8  # feet that are not planted move
@@ -89,7 +80,7 @@ def test_planted_feet_do_not_move(clips):
 def test_joints_stay_above_the_floor_and_move_smoothly(clips):
     for clip in clips:
         joints = clip['joints'].astype(float)
-        fast = FAST & actions_of(clip)
+        fast = {'run', 'kick', 'jump'} & actions_of(clip)
         assert joints[..., 1].min() > -0.01
         speed = np.linalg.norm(np.diff(joints, axis=0), axis=-1) * toy.FPS
         assert speed[:, toy.PELVIS].max() < 4.5
@@ -111,13 +102,7 @@ def test_knees_bend_forward_and_elbows_back(clips):
     assert (upper_arm[:, detect.FORWARD] < 0.02).all() and (upper_arm[:, detect.UP] < -0.2).all()
 
 
-@pytest.mark.parametrize('action', sorted(FLYING))
-def test_both_feet_leave_the_floor(action):
-    assert (perform(action)[:, toy.TOES, 1].min(1) > 0.03).any()
-
-
-def unchanged(joints):
-    return joints
+# --------------------------------------------------------------------------------------- detectors
 
 
 def noisy(joints, rng=np.random.default_rng(0)):
@@ -126,17 +111,10 @@ def noisy(joints, rng=np.random.default_rng(0)):
     return joints + 0.015 * noise / np.linalg.norm(noise, axis=-1).mean()
 
 
-def blurred(joints):
-    """Smoothed as by a tokenizer."""
-    return toy.smooth(joints.astype(float), 0.08)
-
-
-def elsewhere(joints):
-    return joints @ toy.rotation(2.0) + [3, 0.02, -1]
-
-
-@pytest.mark.parametrize('change,least', [(unchanged, 0.98), (noisy, 0.95), (blurred, 0.95),
-                                          (elsewhere, 0.98)])
+@pytest.mark.parametrize('change, least', [
+    (lambda joints: joints, 0.98), (noisy, 0.95),
+    (lambda joints: toy.smooth(joints.astype(float), 0.08), 0.95),   # as by a tokenizer
+    (lambda joints: joints @ toy.rotation(2.0) + [3, 0.02, -1], 0.98)])
 def test_detectors_accept_the_clip_of_a_script(clips, change, least):
     passed = [detect.passes(change(clip['joints']), clip['script']) for clip in clips]
     assert np.mean(passed) >= least
@@ -167,6 +145,9 @@ def test_detectors_check_the_order():
     assert not detect.passes(perform(), [item('walk')])
 
 
+# ---------------------------------------------------------------------------------------- language
+
+
 def test_captions_parse_to_their_script(clips):
     """They also tell the order in adjacent words: text vectors (lib/text.py) know no more of it."""
     before_verb = [('person', 'man', 'someone', 'first'), ('then', 'next', 'that'),
@@ -185,18 +166,14 @@ def test_captions_parse_to_their_script(clips):
                 assert tokens[verb - 1].split('/')[0] in words
 
 
-@pytest.mark.parametrize('text,expected', [
+@pytest.mark.parametrize('text, expected', [
     ('Someone is jogging slowly and then they sit down.',
      [('run', None, 'slow'), ('sit down', None, 'normal')]),
     ('a woman steps to the right, waves her left hand, finally bows quickly',
      [('side-step', 'right', 'normal'), ('wave', 'left', 'normal'), ('bow', None, 'fast')]),
     ('a man kicks', [('kick', None, 'normal')]),
-    ('a person juggles three burning torches', None),
-    ('a person walks like an elephant', None),
-    ('a person walks backwards', None),
-    ('a person sits down and then stands up', None),
-    ('', None),
-])
+    ('a person juggles three burning torches', []), ('a person walks like an elephant', []),
+    ('a person walks backwards', []), ('a person sits down and then stands up', []), ('', [])])
 def test_prompts_beyond_the_grammar(text, expected):
     script = detect.parse(text)
-    assert (script and [(i['action'], i['side'], i['speed']) for i in script]) == expected
+    assert [(i['action'], i['side'], i['speed']) for i in script or []] == expected

@@ -12,9 +12,9 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -33,39 +33,21 @@ data = 'tiny'
 text_encoder = 'hash'
 spectral_attn = True
 mask_by = 'msd'
-vq_width = 16
-code_dim = 16
-n_codes = 32
+vq_width = code_dim = vq_batch = 16
+n_codes = window_frames = ff = 32
 n_quantizers = 3
-window_frames = 32
-vq_iters = 12
-vq_batch = 16
-vq_warmup = 2
-vq_lr = 1e-3
-vq_eval_every = 6
 latent = 24
-n_layers = 2
-n_heads = 2
-ff = 32
-batch_size = 8
-lr = 1e-3
-warmup = 2
-mask_iters = 12
-res_iters = 6
-len_iters = 6
-eval_every = 6
+n_layers = n_heads = 2
+batch_size = ev_batch = 8
+vq_lr = lr = 1e-3
+vq_warmup = warmup = ev_ae_steps = 2
+vq_iters = mask_iters = 12
+res_iters = len_iters = vq_eval_every = eval_every = 6
+ev_steps = ev_eval_every = 4
+ev_movement = ev_code = ev_motion_hidden = ev_text_hidden = ev_out = 32
 log_every = 1
 dropout = 0.0
 dtype = 'float32'
-ev_movement = 32
-ev_code = 32
-ev_motion_hidden = 32
-ev_text_hidden = 32
-ev_out = 32
-ev_ae_steps = 2
-ev_steps = 4
-ev_batch = 8
-ev_eval_every = 4
 '''
 
 
@@ -90,6 +72,15 @@ def run_script_with(hook, folder, *command):
         return run_script(folder, script.name, os.path.join(PROJECT, command[0]), *command[1:])
 
 
+def functions_of(script, *names, **world):
+    """Functions of a script, which cannot be imported; world: the names that they use."""
+    with open(os.path.join(PROJECT, script), encoding='utf-8') as f:
+        tree = ast.parse(f.read())
+    tree.body = [part for part in tree.body if getattr(part, 'name', '') in names]
+    exec(compile(tree, script, 'exec'), world)
+    return [world[name] for name in names]
+
+
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -112,6 +103,13 @@ def write_data(folder):
     save_meta(folder, meta, np.zeros(263), np.ones(263))
 
 
+def write_folder(folder):
+    """config/tiny.py and data/tiny."""
+    os.makedirs(folder / 'config', exist_ok=True)
+    (folder / CONFIG).write_text(TINY)
+    write_data(str(folder / 'data' / 'tiny'))
+
+
 def train(stage):
     """The command that trains a stage, without overrides."""
     if stage in ('vq', 'eval'):
@@ -127,21 +125,11 @@ def folder(tmp_path_factory):
     if 'PYTEST_XDIST_WORKER' in os.environ:
         root = root.parent
     folder = root / 'scripts'
-    ready = root / 'scripts_ready'
-    try:
-        os.mkdir(folder)
-    except FileExistsError:
-        while not ready.exists():
-            time.sleep(0.1)
-        return folder
-    try:
-        os.makedirs(folder / 'config')
-        (folder / CONFIG).write_text(TINY)
-        write_data(str(folder / 'data' / 'tiny'))
-        for stage in ('vq', 'eval', 'mask', 'res', 'len'):
-            (folder / f'{stage}.log').write_text(run(folder, *train(stage)))
-    finally:
-        ready.touch()   # also after a failure, or the other workers would wait forever
+    with filelock.FileLock(f'{folder}.lock'):
+        if not folder.exists():
+            write_folder(folder)
+            for stage in ('vq', 'eval', 'mask', 'res', 'len'):
+                (folder / f'{stage}.log').write_text(run(folder, *train(stage)))
     return folder
 
 
@@ -153,7 +141,9 @@ def out_dir(folder, name, *files):
     return f'out/{name}'
 
 
-def motions(folder, samples_dir):
+def sample(folder, samples_dir, *settings, launcher=None):
+    """Run sample.py -> the motions that it wrote into samples_dir."""
+    run(folder, 'sample.py', *settings, f'--samples_dir={samples_dir}', launcher=launcher)
     return [np.load(path) for path in sorted(glob.glob(str(folder / samples_dir / '*.npy')))]
 
 
@@ -162,20 +152,17 @@ def motions(folder, samples_dir):
 
 def test_prompts_become_motion(folder):
     """The same seed gives the same motion. Without a length, the length estimator decides."""
-    command = ['sample.py', CONFIG, '--prompt=a person walks 3 steps', '--length=44']
-    assert 'a/' in run(folder, *command, '--samples_dir=a', launcher=PYTHON)
-    run(folder, *command, '--samples_dir=b')
+    command = [CONFIG, '--prompt=a person walks 3 steps', '--length=44']
+    a, = sample(folder, 'a', *command, launcher=PYTHON)
+    b, = sample(folder, 'b', *command)
+    assert a.shape == (44, 22, 3) and np.array_equal(a, b)
     for suffix in ('.gif', '.png', '.npy', '.bvh'):
         assert (folder / 'a' / f'000_a-person-walks-3-steps_s0{suffix}').exists()
-    a, = motions(folder, 'a')
-    b, = motions(folder, 'b')
-    assert a.shape == (44, 22, 3) and np.array_equal(a, b)
 
     (folder / 'prompts.txt').write_text('a person walks#8\na person walks 2 steps\n')
-    run(folder, 'sample.py', CONFIG, '--prompts=prompts.txt', '--repeats=2', '--samples_dir=c',
-        '--footlock=True')
+    motions = sample(folder, 'c', CONFIG, '--prompts=prompts.txt', '--repeats=2', '--footlock=True')
     assert all('_footlock.' in name for name in os.listdir(folder / 'c'))
-    lengths = [len(motion) for motion in motions(folder, 'c')]
+    lengths = [len(motion) for motion in motions]
     assert lengths[:2] == [8, 8] and len(lengths) == 4
     assert all(4 <= n <= 80 for n in lengths)
 
@@ -183,33 +170,36 @@ def test_prompts_become_motion(folder):
 def test_editing_and_long_motion(folder):
     """Several prompts in one motion, a span of a motion regenerated, two motions connected."""
     long = 'a person walks#40 | a person walks 3 steps#60 | a person walks#80'
-    run(folder, 'sample.py', CONFIG, f'--prompt={long}', '--samples_dir=long')
-    first, = motions(folder, 'long')
+    first, = sample(folder, 'long', CONFIG, f'--prompt={long}')
     assert first.shape == (180, 22, 3)
     body = toy.make_clip(1)['joints']   # sources must be human bodies
     np.save(folder / 'walk.npy', body[:64])
     np.save(folder / 'flat.npy', first[:, 0])
 
-    edit = ['sample.py', CONFIG, '--prompt=a person walks 2 steps', '--source=walk.npy']
-    run(folder, *edit, '--edit=0.5:0.75', '--repeats=2', '--samples_dir=edited')
-    one, other = motions(folder, 'edited')
+    edit = [CONFIG, '--prompt=a person walks 2 steps', '--source=walk.npy']
+    one, other = sample(folder, 'edited', *edit, '--edit=0.5:0.75', '--repeats=2')
     assert one.shape == other.shape == (64, 22, 3)
     assert not np.array_equal(one, other)
-    run(folder, *edit, '--edit=32:48,60:64', '--samples_dir=frames')
-    assert motions(folder, 'frames')[0].shape == (64, 22, 3)
-    run(folder, *edit, '--then=walk.npy', '--length=20', '--samples_dir=connected')
-    assert motions(folder, 'connected')[0].shape == (64 + 20 + 64, 22, 3)
+    frames, = sample(folder, 'frames', *edit, '--edit=32:48,60:64')
+    assert frames.shape == (64, 22, 3)
+    connected, = sample(folder, 'connected', *edit, '--then=walk.npy', '--length=20')
+    assert connected.shape == (64 + 20 + 64, 22, 3)
 
     for wrong, words in (('--edit=0.7:0.4', '0.7:0.4'), ('--edit=some', 'some'),
                          ('--edit=0:100', '64 frames'), ('--then=none.npy', 'none.npy'),
                          ('--then=flat.npy', 'flat.npy'), ('--repeats=2', '--edit')):
-        assert words in run(folder, *edit, wrong, ok=False)
+        assert words in run(folder, 'sample.py', *edit, wrong, ok=False)
 
 
 def test_evaluation(folder):
-    command = ['eval_t2m.py', CONFIG, '--steps=2', '--strata=True']
-    run(folder, *command, '--repeats=2', '--mm_batches=1', '--eval_json=all.json')
-    written = json.loads((folder / 'all.json').read_text())
+    """Clips without a planted foot have no slide and do not count. Batches of another size give
+    every clip the same result. A tokenizer can be evaluated alone."""
+    def evaluate(path, *settings):
+        run(folder, 'eval_t2m.py', CONFIG, *settings, f'--eval_json={path}')
+        return json.loads((folder / path).read_text())
+
+    command = ['--steps=2', '--strata=True']
+    written = evaluate('all.json', *command, '--repeats=2', '--mm_batches=1')
     rows = written['rows']
     assert list(rows) == ['real motion', 'tokenizer', 'base tokens only', 'full']
     assert rows['real motion']['FID'][0] < 1e-6 < rows['full']['FID'][0]
@@ -217,60 +207,35 @@ def test_evaluation(folder):
     assert rows['tokenizer']['MPJPE mm'][0] > 0
     assert 'MModality' in rows['full'] and 'FID complex' in rows['full']
 
-    # batches of another size give every clip the same result
-    run(folder, *command, '--repeats=1', '--mm_batches=0', '--gen_batch=10', '--dynamics=True',
-        '--eval_json=small.json')
-    small = json.loads((folder / 'small.json').read_text())
+    small = evaluate('small.json', *command, '--repeats=1', '--mm_batches=0', '--gen_batch=10',
+                     '--dynamics=True')
     for row in ('real motion', 'tokenizer'):
         for metric, value in written['per_repeat'][0][row].items():
             assert np.isclose(small['rows'][row][metric][0], value, rtol=1e-3, atol=1e-6), metric
     assert small['tokens'] and small['pooled']
 
-
-SLIDE = '''
-import runpy
-import sys
-
-import numpy as np
-
-sys.argv = sys.argv[1:]
-look = runpy.run_path(sys.argv[0], run_name='__main__')['look']
-world = look.__globals__
-world['standing_height'] = np.full(4, 0.05)
+    out = out_dir(folder, 'only_vq', 'vq.pt', 'evaluator.pt')
+    alone = evaluate('alone.json', f'--out_dir={out}', '--repeats=1')
+    assert list(alone['rows']) == ['real motion', 'tokenizer']
 
 
-def slide(height, *step, unit=1):
-    """Of a body whose joints are all at one height (m) and move by a step (x, y, z), m a frame."""
+@pytest.mark.parametrize('height, step, unit, slide', [
+    (0.04, (0, 0, 0), 1, 0),
+    (0.04, (0.006, 0, 0.008), 1, 1),
+    (0.04, (0.006, 0, 0.008), 1000, 1),     # with the same threshold, whatever the data set's
+    (0.04, (0, -0.01, 0), 1, 0),            # into the floor, not along it
+    (0.06, (0.006, 0, 0.008), 1, np.nan),   # a foot in the air
+    (0.04, (0.06, 0, 0.08), 1, np.nan)])    # a foot that swings
+def test_foot_slide(height, step, unit, slide):
+    """Centimetres along the floor per frame, of feet that are low and slow, where all joints are at
+    one height (m) and move by a step (x, y, z) per frame."""
+    meta = dict(units_per_metre=unit, contact_threshold=0.002 / unit, fps=20)
+    look, = functions_of('eval_t2m.py', 'look', np=np, meta=meta, skeleton=SKELETONS['smpl22'],
+                         standing_height=np.full(4, 0.05))
     joints = np.zeros((9, 22, 3))
     joints[..., 1] = height
     joints += np.arange(9)[:, None, None] * step
-    world['meta'].update(units_per_metre=unit)
-    return look(unit * joints, {})['slide cm']
-
-
-assert slide(0.04, 0, 0, 0) == 0
-assert np.isclose(slide(0.04, 0.006, 0, 0.008), 1)
-assert np.isclose(slide(0.04, 0.006, 0, 0.008, unit=1000), 1)
-assert slide(0.04, 0, -0.01, 0) == 0   # into the floor, not along it
-assert np.isnan(slide(0.06, 0.006, 0, 0.008)), 'a foot in the air'
-assert np.isnan(slide(0.04, 0.06, 0, 0.08)), 'a foot that swings'
-
-clips = iter([np.nan] + 63 * [3.0])   # 32 real ones come first, then the tokenizer's
-world['look'] = lambda joints, caption: {'slide cm': next(clips)}
-assert world['one_repeat'](0)['real motion']['slide cm'] == 3
-'''
-
-
-def test_evaluation_of_a_tokenizer_alone_and_foot_slide(folder):
-    """Slide is centimetres along the floor per frame, of feet that are low and slow. A clip without
-    such feet has no slide and does not count."""
-    out = out_dir(folder, 'only_vq', 'vq.pt', 'evaluator.pt')
-    script = folder / 'slide.py'
-    script.write_text(SLIDE)
-    run(folder, str(script), os.path.join(PROJECT, 'eval_t2m.py'), CONFIG, f'--out_dir={out}',
-        '--repeats=1')
-    rows = json.loads((folder / out / 'eval_tiny_test.json').read_text())['rows']
-    assert list(rows) == ['real motion', 'tokenizer']
+    assert look(unit * joints, {})['slide cm'] == pytest.approx(slide, nan_ok=True)
 
 
 def test_pictures_of_clips(folder):
@@ -288,11 +253,10 @@ def test_pictures_of_clips(folder):
 def test_official_checkpoints(folder):
     """DynMask's decoding is off for them unless it is asked for."""
     official = ['--init_from=momask', f'--momask_root={GOLDEN}', '--text_encoder=hash']
-    command = ['sample.py', *official, '--prompt=a man kicks', '--length=40']
-    run(folder, *command, '--samples_dir=default')
-    for value in (False, True):
-        run(folder, *command, f'--samples_dir={value}', f'--das_sampling={value}')
-    default, off, on = (motions(folder, name)[0] for name in ('default', 'False', 'True'))
+    command = [*official, '--prompt=a man kicks', '--length=40']
+    default, = sample(folder, 'default', *command)
+    off, on = (sample(folder, f'das_{value}', *command, f'--das_sampling={value}')[0]
+               for value in (False, True))
     assert np.array_equal(default, off) and not np.array_equal(default, on)
     out = run(folder, 'eval_t2m.py', '--data=tiny', *official, '--repeats=1', '--steps=2',
               '--mm_batches=0', '--out_dir=out/momask')
@@ -312,30 +276,25 @@ def test_progress_line(folder, stage):
 def test_terms_of_the_tokenizer_loss():
     """`foot_steps` are the distances that feet move over the ground. `foot_error` and
     `heading_error` are 0 for a copy and right for a motion that turns a degree per frame more."""
-    with open(os.path.join(PROJECT, 'train_vq.py'), encoding='utf-8') as f:
-        tree = ast.parse(f.read())
-    names = ('foot_steps', 'foot_error', 'heading_error')
-    tree.body = [part for part in tree.body if getattr(part, 'name', '') in names]
-    script = dict(torch=torch, SKELETONS=SKELETONS, model=RVQVAE(VQConfig(width=8, code_dim=8)),
-                  meta=dict(skeleton='smpl22', units_per_metre=1.0))
-    exec(compile(tree, 'train_vq.py', 'exec'), script)
-
+    foot_steps, foot_error, heading_error = functions_of(
+        'train_vq.py', 'foot_steps', 'foot_error', 'heading_error', torch=torch,
+        SKELETONS=SKELETONS, model=RVQVAE(VQConfig(width=8, code_dim=8)),
+        meta=dict(skeleton='smpl22', units_per_metre=1.0))
     skeleton = SKELETONS['smpl22']
     joints = toy.make_clip(5)['joints']   # hops, turns right, squats
     features = joints_to_features(joints, skeleton, steady=True)
     x = torch.from_numpy(features)[None].float()
     feet = features_to_joints(features, 22)[:, skeleton.feet][..., [0, 2]]
     expected = np.linalg.norm(np.diff(feet, axis=0), axis=-1)               # (T - 1, 4)
-    steps = script['foot_steps'](x)[0].norm(dim=-1)
     assert expected.max() > 0.02
-    assert np.abs(steps.numpy() - expected).max() < 1e-5
+    assert np.abs(foot_steps(x)[0].norm(dim=-1).numpy() - expected).max() < 1e-5
 
-    assert script['heading_error'](x, x) == script['foot_error'](x, x) == 0
+    assert heading_error(x, x) == foot_error(x, x) == 0
     turned = x.clone()
     turned[..., 0] += math.radians(0.5)   # the feature is half the angle
     T = x.shape[1]
-    assert script['heading_error'](x, turned) == pytest.approx(math.radians((T + 1) / 2), rel=1e-4)
-    assert script['foot_error'](x, turned) > 1e-4
+    assert heading_error(x, turned) == pytest.approx(math.radians((T + 1) / 2), rel=1e-4)
+    assert foot_error(x, turned) > 1e-4
 
 
 # the learning rate depends on the planned length, so a long run is stopped at its first checkpoint
@@ -353,78 +312,58 @@ def save_and_stop(checkpoint, path):
 
 runtime.save = save_and_stop
 '''
-HGM3 = ('--mask_by=loss', '--text=graph', '--rotary=True', '--neighbours=1')
 
 
-@pytest.mark.parametrize('stage, settings', [
-    ('vq', ()), ('mask', ()), ('mask', HGM3), ('eval', ('--ev_eval_every=2',))],
-    ids=['vq', 'mask', 'hgm3', 'eval'])
-def test_resume_continues_where_it_stopped(folder, stage, settings, request):
+@pytest.mark.parametrize('name, stage, settings', [
+    ('vq', 'vq', []), ('mask', 'mask', []), ('evaluator', 'eval', ['--ev_eval_every=2']),
+    ('mask', 'mask', ['--mask_by=loss', '--text=graph', '--rotary=True', '--neighbours=1'])])
+def test_resume_continues_where_it_stopped(folder, name, stage, settings):
     """Training in one run and training that is stopped and resumed end with the same weights."""
-    name = f'resume_{request.node.callspec.id}'
-    files = [] if stage in ('vq', 'eval') else ['vq.pt']
-    whole, cut = (out_dir(folder, f'{name}_{part}', *files) for part in ('whole', 'cut'))
-    script, *settings = [*train(stage), *settings]
-    run(folder, script, *settings, f'--out_dir={whole}')
-
-    settings.append(f'--out_dir={cut}')
-    code, out, err = run_script_with(STOP, folder, script, *settings)
+    files = ['vq.pt'] if stage == 'mask' else []
+    whole, cut = (out_dir(folder, f'resume_{name}{len(settings)}_{part}', *files)
+                  for part in ('whole', 'cut'))
+    command = [*train(stage), *settings]
+    run(folder, *command, f'--out_dir={whole}')
+    command.append(f'--out_dir={cut}')
+    code, out, err = run_script_with(STOP, folder, *command)
     assert code == 0, out + err
-    last = 'evaluator_last.pt' if stage == 'eval' else f'{stage}_last.pt'
-    stopped = load(folder / cut / last)['it']
-    run(folder, script, *settings, '--init_from=resume')
-    one, two = (load(folder / out / last) for out in (whole, cut))
+    stopped = load(folder / cut / f'{name}_last.pt')['it']
+    run(folder, *command, '--init_from=resume')
+    one, two = (load(folder / out / f'{name}_last.pt') for out in (whole, cut))
     assert stopped < one['it'] == two['it']
     for part in ('model', 'miner'):
         weights = one.get(part) or {}
         assert all(torch.equal(weights[key], two[part][key]) for key in weights)
 
 
-def test_hgm3_samples_with_an_explanation(folder):
-    """A model with loss predictor, semantic graph, rotary positions and neighbours."""
-    out = out_dir(folder, 'hgm3', 'vq.pt')
-    run(folder, *train('mask'), f'--out_dir={out}', '--mask_iters=2', *HGM3)
-    assert load(folder / out / 'mask.pt')['tags']['walk'] == 'VERB'
-    run(folder, 'sample.py', CONFIG, f'--out_dir={out}', '--length=40', '--samples_dir=graph',
-        '--prompt=a person walks, then 3 steps', '--explain=True')
-    assert motions(folder, 'graph')[0].shape == (40, 22, 3)
-    assert (folder / 'graph' / '000_a-person-walks-then-3-steps_s0_explained.png').exists()
-
-
-@pytest.mark.parametrize('paper', ['momask', 'hgm3', 'dynmask'])
-def test_papers_as_published(folder, paper):
-    """The preset of a paper behind another config, trained and sampled."""
-    out = out_dir(folder, f'preset_{paper}', 'vq.pt')
-    preset = os.path.join(PROJECT, 'config', f'{paper}.py')
-    few = ['--mask_iters=2', '--res_iters=2', '--batch_size=8']
+@pytest.mark.parametrize('paper, more', [
+    ('momask', ()), ('hgm3', ()), ('dynmask', ()), ('hgm3', ('--rotary=True', '--neighbours=1'))])
+def test_papers_as_published(folder, paper, more):
+    """The preset of a paper behind another config, trained, and sampled with an explanation."""
+    out = out_dir(folder, f'preset_{paper}_{len(more)}', 'vq.pt')
+    preset = [os.path.join(PROJECT, 'config', f'{paper}.py'), f'--out_dir={out}']
     for stage in ('mask', 'res'):
-        run(folder, *train(stage), preset, f'--out_dir={out}', *few)
-    saved, res = (load(folder / out / f'{stage}_last.pt') for stage in ('mask', 'res'))
-    assert saved['settings']['text'] == ('graph' if paper == 'hgm3' else 'sentence')
+        run(folder, *train(stage), *preset, *more, '--mask_iters=2', '--res_iters=2')
+    mask, res = (load(folder / out / f'{stage}.pt') for stage in ('mask', 'res'))
+    assert mask['settings']['text'] == ('graph' if paper == 'hgm3' else 'sentence')
+    assert paper != 'hgm3' or mask['tags']['walk'] == 'VERB'
     assert res['settings']['text'] == 'sentence'
-    assert saved['settings']['optimizer'] == 'adamw' and len(saved['optimizers']) == 1
-    run(folder, 'sample.py', CONFIG, preset, f'--out_dir={out}', '--prompt=a person walks',
-        '--length=40', f'--samples_dir={paper}')
-    assert motions(folder, paper)[0].shape == (40, 22, 3)
+    motion, = sample(folder, f'{out}/samples', CONFIG, *preset, '--prompt=a person walks, then 3',
+                     '--length=40', '--explain=True')
+    assert motion.shape == (40, 22, 3)
+    assert glob.glob(str(folder / out / 'samples' / '*_explained.png'))
 
 
 def test_networks_of_other_text_are_refused(folder):
     out = out_dir(folder, 'mixed', 'vq.pt', 'mask.pt', 'res.pt')
-    run(folder, *train('res'), f'--out_dir={out}', '--text=graph', '--res_iters=2',
-        '--overwrite=True')
-    sample = ['sample.py', CONFIG, f'--out_dir={out}', '--prompt=a person walks', '--length=40']
-    run(folder, *sample)   # with the sentence, as HGM3
-    run(folder, *train('mask'), f'--out_dir={out}', '--text=sentence', '--mask_iters=2',
-        '--overwrite=True')
+    command = ['sample.py', CONFIG, f'--out_dir={out}', '--prompt=a person walks', '--length=40']
+    few = [f'--out_dir={out}', '--res_iters=2', '--mask_iters=2', '--overwrite=True']
+    run(folder, *train('res'), '--text=graph', *few)
+    run(folder, *command)   # with the sentence, as HGM3
+    run(folder, *train('mask'), '--text=sentence', *few)
     shutil.copy(folder / 'out' / 'tiny' / 'res.pt', folder / out)
-    said = run(folder, *sample, ok=False)
+    said = run(folder, *command, ok=False)
     assert 'res.pt' in said and '--text=clauses' in said
-
-
-def test_a_network_beyond_memory_is_refused(folder):
-    out = out_dir(folder, 'huge', 'vq.pt')
-    sizes = ['--latent=16384', '--n_layers=128', '--n_heads=128']
-    assert 'GB' in run(folder, *train('mask'), f'--out_dir={out}', *sizes, ok=False)
 
 
 def test_a_copied_run_uses_its_own_tokenizer(folder):
@@ -467,50 +406,17 @@ def test_two_processes_equal_one(folder, stage):
     assert not glob.glob(str(folder / out / '.*.tmp'))
 
 
-RANKS = '''
-import os
-
-import torch
-import torch.distributed as dist
-
-from lib.runtime import gather
-from vq import RVQVAE, VQConfig
-
-rank = int(os.environ.get('RANK', 0))
-world = int(os.environ.get('WORLD_SIZE', 1))
-if world > 1:
-    dist.init_process_group('gloo')
-torch.manual_seed(0)
-vq = RVQVAE(VQConfig(dim=263, n_codes=32, code_dim=8, n_quantizers=3, width=8))
-g = torch.Generator().manual_seed(0)
-data = torch.randn(8, 32, 263) * torch.arange(1, 9)[:, None, None]
-mine = data.view(world, -1, 32, 263)[rank]
-vq.init_codebooks(mine, g)
-for step in range(20):
-    with torch.no_grad():
-        _, _, ids, residuals = vq(mine)
-    vq.update_codebooks(ids, residuals, 1 + step % 3, g)
-books = torch.stack([q.codebook for q in vq.quantizers])
-if world > 1:
-    of_all_ranks = gather(books[None])
-    assert torch.equal(of_all_ranks[0], of_all_ranks[1]), 'the ranks differ'
-if rank == 0:
-    torch.save(books, f'books{world}.pt')
-if world > 1:
-    dist.barrier()   # a rank that exits early aborts the other's teardown
-    dist.destroy_process_group()
-'''
-
-
-def test_codebooks_are_identical_on_all_ranks(folder):
-    """After 20 steps of EMA and resets all ranks hold the same bits, and those of one process to
-    rounding."""
-    script = folder / 'ranks.py'
-    script.write_text(RANKS)
-    run(folder, str(script))
-    run_two(folder, str(script))
-    one, two = (load(folder / f'books{world}.pt') for world in (1, 2))
-    assert float((one - two).abs().max()) < 1e-4
+def test_codebooks_are_those_of_one_process(folder):
+    """After 12 steps of EMA and resets on all ranks. The learning rate is 0, so latents differ by
+    rounding only. The loss is the mean over ranks, so it shows a rank with other codebooks."""
+    runs = []
+    for name, start in (('one', run), ('two', run_two)):
+        out = out_dir(folder, f'codebooks_{name}')
+        start(folder, *train('vq'), '--vq_lr=0.0', f'--out_dir={out}')
+        runs.append(load(folder / out / 'vq_last.pt'))
+    for book in (f'quantizers.{q}.codebook' for q in range(3)):
+        assert (runs[0]['model'][book] - runs[1]['model'][book]).abs().max() < 1e-4
+    assert np.allclose(runs[0]['history'], runs[1]['history'], rtol=1e-5, atol=0)
 
 
 def test_validation_never_uses_the_clean_msd(folder):
@@ -520,8 +426,8 @@ def test_validation_never_uses_the_clean_msd(folder):
     validations = []
     for source in ('visible', 'clean'):
         out = out_dir(folder, f'msd_{source}', 'vq.pt')
-        run(folder, 'train_mask.py', CONFIG, f'--out_dir={out}', f'--msd_attn={source}',
-            '--mask_iters=1', '--lr=0.0')
+        run(folder, *train('mask'), f'--out_dir={out}', f'--msd_attn={source}', '--mask_iters=1',
+            '--lr=0.0')
         histories.append(load(folder / out / 'mask_last.pt')['history'])
         validations.append(load(folder / out / 'mask.pt')['val'])
     assert list(validations[0]) == ['30%', '60%', '90%']
@@ -532,23 +438,16 @@ def test_validation_never_uses_the_clean_msd(folder):
 RECORD = '''
 import torch
 
-from model import MaskTransformer, ResTransformer
+inputs = []
 
 
-def recorded(forward):
-    inputs = []
-
-    def record(self, ids, c, *others, **named):
-        if self.training:
-            inputs.append((ids, c))
-            torch.save(inputs, 'inputs.pt')
-        return forward(self, ids, c, *others, **named)
-
-    return record
+def record(network, batch):
+    if type(network).__name__ in ('MaskTransformer', 'ResTransformer') and network.training:
+        inputs.append(batch[:2])   # ids, c
+        torch.save(inputs, 'inputs.pt')
 
 
-for network in (MaskTransformer, ResTransformer):
-    network.forward = recorded(network.forward)
+torch.nn.modules.module.register_module_forward_pre_hook(record)
 '''
 
 
@@ -579,6 +478,7 @@ MISTAKES = [   # a key fact of the sentence, and the command
     ('alpha0', *TRAIN, '--alpha=0'),
     ('FRAMES_PER_TOKEN', *TRAIN, '--FRAMES_PER_TOKEN=5'),
     ('latent is 26', *TRAIN, '--latent=26', '--n_heads=3', '--overwrite=True'),
+    ('GB', *TRAIN, '--latent=16384', '--n_layers=128', '--n_heads=128', '--overwrite=True'),
     ('config/none.py', 'train_vq.py', 'config/none.py'),
     ('n_layer,', 'train_mask.py', 'config/typo.py'),
     ('`python prepare_data.py toy`', 'train_vq.py', '--data=toy'),
@@ -590,13 +490,22 @@ MISTAKES = [   # a key fact of the sentence, and the command
     ('84 frames', *SAMPLE, '--prompt=a person', '--length=84'),
     ('none.txt', *SAMPLE, '--prompts=none.txt'),
     ('no_such/t2m/x/opt.txt', 'sample.py', *NO_GOLDEN, '--prompt=a'),
+    ('a_file/x', *SAMPLE, '--prompt=a person', '--length=40', '--samples_dir=a_file/x'),
+    ('out/tiny', 'eval_t2m.py', CONFIG, '--repeats=1', '--eval_json=out/tiny'),
+    ('/proc/x.json', 'eval_t2m.py', CONFIG, '--repeats=1', '--eval_json=/proc/x.json'),
+    ('a_file/x', 'train_vq.py', CONFIG, '--out_dir=a_file/x'),
+    ('a_file/x', 'train_eval.py', CONFIG, '--out_dir=a_file/x'),
+    ('a_file/x', *TRAIN, '--vq=out/tiny/vq.pt', '--out_dir=a_file/x'),
 ]
 
 
 @pytest.mark.parametrize('fact, command', [(fact, command) for fact, *command in MISTAKES])
-def test_mistakes_are_one_sentence(folder, fact, command):
+def test_mistakes_are_one_sentence_before_the_work(folder, fact, command):
     (folder / 'config' / 'typo.py').write_text('n_layer = 3\n')
-    assert fact in run(folder, *command, ok=False)
+    (folder / 'a_file').write_text('')
+    said = run(folder, *command, ok=False)
+    assert fact in said
+    assert 'generated' not in said and 'step' not in said
 
 
 def test_a_mistake_in_a_new_interpreter(folder):
@@ -607,12 +516,12 @@ def test_a_mistake_in_a_new_interpreter(folder):
 
 def test_a_transformer_refuses_another_tokenizer(folder):
     out = out_dir(folder, 'other', 'vq.pt', 'mask.pt', 'mask_last.pt')
-    sample = ['sample.py', CONFIG, f'--out_dir={out}', '--prompt=a']
+    command = ['sample.py', CONFIG, f'--out_dir={out}', '--prompt=a']
     for name in ('mask.pt', 'mask_last.pt'):
         path = folder / out / name
         torch.save({**load(path), 'vq_hash': 'ffff'}, path)
-    assert 'ffff' in run(folder, *sample, ok=False)
+    assert 'ffff' in run(folder, *command, ok=False)
     resumed = run(folder, *TRAIN, '--init_from=resume', f'--out_dir={out}', ok=False)
     assert 'vq_hash was ffff' in resumed
     shutil.copy(folder / out / 'vq.pt', folder / out / 'mask.pt')
-    assert 'mask.pt' in run(folder, *sample, ok=False)
+    assert 'mask.pt' in run(folder, *command, ok=False)
