@@ -105,6 +105,10 @@ def test_what_is_written_reads_back(tmp_path, seed):
     back, _, frames = written(tmp_path / 'a.bvh', joints, SMPL)
     assert np.abs(back / 100 - joints).max() < 0.002
     assert np.abs(np.diff(frames, axis=0)).max() < 90   # no angle jumps by half a turn
+    names, parents, offsets, channels, frames, _ = read_bvh(str(tmp_path / 'a.bvh'))
+    ends = [name.endswith('foot_end') for name in names]
+    heights = bvh_to_joints(parents, offsets, channels, frames)[:, ends, 1]
+    assert heights.min() > -0.5   # toes bend; stiff ones would go 10 cm below the floor
 
 
 @pytest.mark.parametrize('skeleton, mirrored', [(SMPL, 1), (KIT, -1)])
