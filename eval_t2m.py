@@ -1,7 +1,6 @@
 r"""The evaluation protocol of Guo et al. 2022 on generated motion, with 95% intervals:
 
     python eval_t2m.py config/toy.py                                  # train_eval.py comes first
-    python eval_t2m.py config/bandai.py --strata=True --repeats=5
     python eval_t2m.py config/toy.py --dynamics=True --split=val      # where the model fails
     python eval_t2m.py config/toy.py --data=bandai --out_dir=out/toy \
         --evaluator=out/bandai/evaluator.pt                           # on other data (Table 7)
@@ -45,9 +44,8 @@ repeats = 20
 max_clips = 0                # evaluate on this many clips, at least 32; 0 is all
 mm_batches = 3               # batches of 32 captions x 30 motions for MModality; 0 leaves it out
 sweep = ''                   # try decoding settings: cond_scale:1,2,3 (choose on --split=val)
-strata = False               # also Tables 5 and 6 of DynMask, and strata by length
-dynamics = False             # also pooled strata, and token cross-entropy by joint speed
-pooled = 10                  # dynamics: embeddings of this many repeats are pooled for one FID
+dynamics = False             # also FID by strata (Tables 5 and 6 of DynMask) and error by speed
+pooled = 10                  # dynamics: a stratum's FID is of so many repeats' embeddings
 confidence_of = ''           # dynamics: mask.pt of the model that chooses masks, '' is the same
 seed = 0
 eval_json = ''               # '' is <out_dir>/eval_<data>_<split>.json
@@ -217,13 +215,9 @@ def one_repeat(repeat):
     if mm_batches and pipe.mask is not None:
         for row, value in measure_multimodality(chosen, frames, repeat, rng).items():
             result[row]['MModality'] = value
-    if strata or dynamics:
-        drawn = emb, clip_strata([captions[i]['text'] for i in chosen], joints[REAL])
-        if dynamics:
-            to_pool.append(drawn)
-        if strata:
-            for row, fids in strata_fids([drawn]).items():
-                result[row].update(fids)
+    if dynamics:
+        texts = [captions[i]['text'] for i in chosen]
+        to_pool.append((emb, clip_strata(texts, joints[REAL])))
     return result
 
 
@@ -356,13 +350,11 @@ write_results(result_path, rows=summary, **extra, val=pipe.val, settings=config,
 note = f'{repeats} repeats, mean ± 95% interval' if repeats > 1 else '1 repeat'
 say(f'\n{data} {split}, {n_clips} clips, {note}; {steps} steps, guidance '
     f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}\n')
-strata_columns = [f'FID {name}' for name in STRATA] + ['dynamic / static']
 show(summary, COLUMNS, repeats)
-if strata:
-    show(summary, strata_columns, repeats)
 if dynamics:
     say(f'FID of strata, {pooled} x {n_clips} embeddings pooled:')
-    show(extra['pooled'], strata_columns, len(pooled_fids))
+    columns = [f'FID {name}' for name in STRATA] + ['dynamic / static']
+    show(extra['pooled'], columns, len(pooled_fids))
 if 'tokens' in extra:
     say('Cross-entropy of masked base tokens by joint speed, and rank correlations (rho) with it:')
     columns = list(next(iter(extra['tokens'].values())))

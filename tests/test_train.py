@@ -198,21 +198,21 @@ def test_evaluation(folder):
         run(folder, 'eval_t2m.py', CONFIG, *settings, f'--eval_json={path}')
         return json.loads((folder / path).read_text())
 
-    command = ['--steps=2', '--strata=True']
+    command = ['--steps=2']
     written = evaluate('all.json', *command, '--repeats=2', '--mm_batches=1')
     rows = written['rows']
     assert list(rows) == ['real motion', 'tokenizer', 'base tokens only', 'full']
     assert rows['real motion']['FID'][0] < 1e-6 < rows['full']['FID'][0]
     assert all(np.isfinite(value).all() for row in rows.values() for value in row.values())
     assert rows['tokenizer']['MPJPE mm'][0] > 0
-    assert 'MModality' in rows['full'] and 'FID complex' in rows['full']
+    assert 'MModality' in rows['full']
 
     small = evaluate('small.json', *command, '--repeats=1', '--mm_batches=0', '--gen_batch=10',
                      '--dynamics=True')
     for row in ('real motion', 'tokenizer'):
         for metric, value in written['per_repeat'][0][row].items():
             assert np.isclose(small['rows'][row][metric][0], value, rtol=1e-3, atol=1e-6), metric
-    assert small['tokens'] and small['pooled']
+    assert small['tokens'] and 'FID complex' in small['pooled']['full']
 
     out = out_dir(folder, 'only_vq', 'vq.pt', 'evaluator.pt')
     alone = evaluate('alone.json', f'--out_dir={out}', '--repeats=1')
