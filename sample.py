@@ -15,7 +15,6 @@ lengths as .bvh, in centimetres, and as .glb if pygltflib is installed. Same see
 Lines of a prompt file that cannot be used are reported, and the exit code is then 1.
 """
 import lib.configurator   # first, to catch Ctrl-C during the imports
-import functools
 import glob
 import hashlib
 import importlib.util
@@ -98,14 +97,13 @@ def real_clips(names):
     """Clips of the data set -> [(name and caption, features (T, D), joints (T, J, 3))]"""
     folder = os.path.join('data', data)
     meta, _, _ = load_meta(folder)
-    open_split = functools.cache(functools.partial(load_split, folder))
-    small_first = [*reversed(meta['counts'])]   # train comes first there; opening it takes longest
+    splits = [load_split(folder, split) for split in meta['counts']]
     clips = []
     for name in names:
-        split = next((split for split in map(open_split, small_first) if name in split.names), None)
+        split = next((split for split in splits if name in split.names), None)
         if split is None:
             raise UserError(f'data/{data} has no clip named {name}; names look like '
-                            f'{open_split(small_first[0]).names[0]}.')
+                            f'{splits[0].names[0]}.')
         i = split.names.tolist().index(name)
         title = name
         if split.n_captions[i]:
