@@ -28,7 +28,7 @@ data = 'toy'                 # data set with the real clips
 out_dir = ''                 # the model's checkpoints, '' is out/<data>
 split = 'test'
 clips = 100
-edit = '0.4:0.7'             # the part that is regenerated, as shares of a clip
+edit = '0.4:0.7'             # what is regenerated, as shares of a clip; 0.5:1 completes a prefix
 overlap = 2                  # tokens on either side of a seam that joining regenerates
 seed = 0
 # machine
@@ -47,8 +47,8 @@ try:
     begin, end = (float(share) for share in edit.split(':'))
 except ValueError:
     begin = end = 0.0
-if not 0 < begin < end < 1:
-    raise UserError(f"edit is '{edit}', expected two shares of a clip between 0 and 1, as 0.4:0.7.")
+if not 0 < begin < end <= 1:
+    raise UserError(f"edit is '{edit}', expected two shares of a clip, as 0.4:0.7 or 0.5:1.")
 
 
 def to_joints(features):
@@ -89,9 +89,10 @@ def edited(features, text, seed):
     motions = {'real clip': features, 'tokenizer': reconstruction, 'edited': ours, 'pasted': pasted}
     figures = {}
     kept = np.r_[0:a, b:len(reconstruction)]
+    seams = [a, b] if b < len(reconstruction) else [a]
     for row, motion in motions.items():
         joints = to_joints(motion)
-        figures[row] = seam_figures(joints, [a, b], slice(a + 2, b - 2))
+        figures[row] = seam_figures(joints, seams, slice(a + 2, b - 2))
         error = mpjpe(joints[kept], to_joints(features)[kept]).mean()
         figures[row]['kept frames, mm'] = 1000 * error
     return figures
