@@ -222,7 +222,7 @@ def test_evaluation(folder):
 @pytest.mark.parametrize('edit', ['0.4:0.7', '0.5:1'])
 def test_edits_are_evaluated(folder, edit):
     out = run(folder, 'eval_edit.py', CONFIG, '--clips=3', '--steps=2', f'--edit={edit}')
-    lines = [line.strip('| ').split('|') for line in out.splitlines() if line.startswith('|')]
+    lines = [line.split('|')[1:-1] for line in out.splitlines() if line.startswith('|')]
     kept = {row.strip(): figures[-1].strip() for row, *figures in lines[2:]}
     assert kept['real clip'] == '0.00' and float(kept['edited']) > 0 and kept['joined'] == ''
 
