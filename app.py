@@ -109,6 +109,7 @@ class Page:
         self.working = False               # an action is at work
         self.playing = True
         self.made = {}     # every list of motions so far, by title
+        self.before = {}   # what was shown before each of them was made, for Undo
         self.shown = []    # one of these lists
         self.bodies = []   # their joints in metres (motions, T, J, 3)
         self.world = self.scene.add_frame('/world', show_axes=False)
@@ -192,7 +193,8 @@ class Page:
             bodies = [motion.body[np.minimum(np.arange(longest), len(motion.body) - 1)]
                       for motion in self.shown]   # a short one holds its last pose
             self.bodies = np.stack(side_by_side(bodies))
-            self.motion_slider.value, self.motion_slider.max = 1, len(bodies)
+            self.motion_slider.value = min(self.motion_slider.value, len(bodies))
+            self.motion_slider.max = len(bodies)
             self.motion_slider.visible = self.disc.visible = len(bodies) > 1
             self.scene.remove_click_callback()
             if len(bodies) > 1:
@@ -270,6 +272,7 @@ class Page:
         """Show motions, a new entry of the list of what was made, which the browser keeps."""
         number = 1 + max((int(old.partition(':')[0]) for old in self.made), default=0)
         title = f'{number}: {title:.60}'
+        self.before[title] = self.made_menu.value
         self.choose([*self.made.items(), (title, motions)][-MOST_MADE:])
 
     def choose(self, made):
@@ -280,8 +283,12 @@ class Page:
 
     def undo(self, _):
         if not self.working:
-            titles = self.made_menu.options
-            self.made_menu.value = titles[max(0, titles.index(self.made_menu.value) - 1)]
+            titles = list(self.made)
+            earlier = titles[max(0, titles.index(self.made_menu.value) - 1)]
+            before = self.before.get(self.made_menu.value)
+            self.made_menu.value = before if before in titles else earlier
+            for handle in self.texts.values():
+                handle.content = ''
 
     def decoding(self):
         """The settings for generating tokens, with a new seed unless it is locked."""
@@ -309,8 +316,8 @@ class Page:
         number = self.motion_slider.value
         motions = list(self.shown)
         motions[number - 1] = motion_of(ids, parts)
-        self.add(f'{self.change_box.value} ({first * token_seconds:.1f} s)', motions)
-        self.motion_slider.value = number
+        self.add(f'{self.change_box.value}, from {first * token_seconds:.1f} s', motions)
+        self.time_slider.value = first * token_seconds
         self.span_slider.value = (first * token_seconds, end * token_seconds)
 
     @action('generate')
@@ -319,6 +326,7 @@ class Page:
         text = self.prompt_box.value.strip()
         check_prompt(text, pipe.text_encoder)
         tokens = self.new_tokens(text, self.variants_slider.value, self.decoding())
+        self.motion_slider.value = 1
         self.add(text, [motion_of(ids, [(text, 0, len(ids))]) for ids in tokens])
         self.aim()
         longest = max(map(len, tokens)) * token_seconds
@@ -356,18 +364,18 @@ class Page:
     @action('files')
     def upload(self):
         file = self.upload_button.value
-        name, suffix = Path(file.name).name, Path(file.name).suffix.lower()
-        if suffix not in SUFFIXES or len(file.content) > 50e6:
-            raise UserError(f'{name} has {len(file.content) / 1e6:.0f} MB, expected at most '
-                            f'50 of {", ".join(SUFFIXES)}.')
+        name = Path(file.name).name
+        if len(file.content) > 50e6:
+            raise UserError(f'{name} has {len(file.content) / 1e6:.0f} MB, expected at most 50.')
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f'motion{suffix}')
+            path = Path(folder, f'motion{Path(name).suffix.lower()}')
             path.write_bytes(file.content)
             try:
                 features, notes = read_features(path, reading, pipe.meta)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None
         ids = pipe.tokenize(features)
+        self.motion_slider.value = 1
         self.add(name, [motion_of(ids, [('', 0, len(ids))])])
         self.aim()
         return f'Read {len(ids) * token_seconds:.1f} s: {"; ".join(notes)}'

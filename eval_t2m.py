@@ -348,6 +348,8 @@ write_results(result_path, rows=summary, **extra, val=pipe.val, settings=config,
               seconds=seconds, device=run.device, per_repeat=results)
 
 note = f'{repeats} repeats, mean ± 95% interval' if repeats > 1 else '1 repeat'
+if pipe.mask is not None and pipe.res is None:
+    say(f'no row "{FULL}", because {out_dir} has no res.pt (train_mask.py --stage=res)')
 say(f'\n{data} {split}, {n_clips} clips, {note}; {steps} steps, guidance '
     f'{cond_scale:g}/{res_scale:g}, {seconds:.0f} s on {run.device}\n')
 show(summary, COLUMNS, repeats)

@@ -193,6 +193,9 @@ def only_folder(root, dataset, prefix):
     if not root:
         raise UserError('--momask_root is missing: give the folder of the official weights.')
     folder = Path(root, dataset)
+    if not folder.is_dir():
+        raise UserError(f'{folder} is no folder: --momask_root should hold {dataset}/ of the '
+                        'official download (USAGE.md).')
     found = sorted(path.name for path in folder.glob(f'{prefix}*'))
     if len(found) != 1:
         raise UserError(f'{folder} has {len(found)} folders whose names start with {prefix} '

@@ -103,7 +103,7 @@ def real_clips(names):
         split = next((split for split in splits if name in split.names), None)
         if split is None:
             raise UserError(f'data/{data} has no clip named {name}; names look like '
-                            f'{splits[0].names[0]}.')
+                            f'{splits[0].names[0]} ("{splits[0].captions[0]["text"]}").')
         i = split.names.tolist().index(name)
         title = name
         if split.n_captions[i]:
@@ -165,7 +165,8 @@ def draw_explanation(name, caption, ids, filled, positions):
     for hook in hooks:
         hook.remove()
     qs, ks = msd.prior_qk(msd.descriptor(f), seen)
-    shown = [('z(S) of Eq 13', (qs @ ks.mT)[0].cpu())]
+    used = '' if pipe.mask.config.spectral_attn else ' (not used by this model)'
+    shown = [(f'z(S) of Eq 13{used}', (qs @ ks.mT)[0].cpu())]
     if maps:   # on a GPU attention never forms its matrix
         A = torch.stack(maps).mean((0, 1))[-len(ids):, -len(ids):]
         shown.insert(0, ('attention, mean of layers and heads', A))
@@ -333,7 +334,8 @@ def report(job, spans, positions):
     scripts = [parse(words) for words, _ in job]
     if None in scripts:
         outside = job[scripts.index(None)][0]
-        say(f"not counted '{caption}': '{outside}' cannot be checked; {seen}")
+        about = 'it' if outside == caption else f"'{outside}'"
+        say(f"not counted '{caption}': {about} has words that the detectors do not read; {seen}")
         return None
     wrong = []
     for (first, end), script in itertools.zip_longest(spans, scripts, fillvalue=scripts[0]):
@@ -387,6 +389,7 @@ for i, positions in enumerate(tqdm(motions, desc='drawing', mininterval=1)):
     if gif_to_mp4(name + '.gif'):
         suffixes += ', mp4'
     if explain:
+        suffixes += ', _explained.png, _attention.png'
         ids, _, filled = results[i]
         draw_explanation(name, captions[i], ids, filled, positions)
     if i == 0:

@@ -55,8 +55,8 @@ def read_bvh(file, notes=None):
     text = COMMENT.sub('', decode(content).replace('\r', '\n'))
     hierarchy, *motion = MOTION_LINE.split(text, maxsplit=1)
     if not hierarchy.lstrip()[:9].upper() == 'HIERARCHY' or not motion:
-        raise UserError(f'{file} is not a BVH file: it lacks the words HIERARCHY and MOTION; '
-                        'export it as BVH again')
+        lacking = 'HIERARCHY at its beginning' if motion else 'MOTION: is it cut off?'
+        raise UserError(f'{file} is not a whole BVH file, it lacks the word {lacking}')
     names, parents, offsets, channels, is_site = _read_hierarchy(file, hierarchy)
 
     timing = TIMING.match(motion[0])

@@ -186,7 +186,11 @@ def configure(g, argv=None, shared=False):
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('-h', '--help'):
             print(g['__doc__'] or '', '\nSettings, to be given as --key=value:\n', sep='')
-            print('\n'.join(lines))
+            for line in lines:
+                key = line.split(' = ')[0]
+                if key in defaults and g[key] != defaults[key]:   # a config file set it
+                    line = re.sub(r"= ('[^']*'|\S+)", lambda _: f'= {g[key]!r}', line, count=1)
+                print(line)
             sys.exit(0)
         read = read_argument if arg.startswith('--') else read_config_file
         g.update(read(arg, defaults, allowed))

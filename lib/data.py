@@ -132,8 +132,10 @@ class Split:
 
 def how_to_make(name):
     """The command that prepares a data set of this name."""
-    if name in ('toy', 'bandai', 'cmu', 'hml3d', 'kit', 'babel'):
-        return f'python prepare_data.py {name}'
+    if name == 'toy':
+        return 'python prepare_data.py toy'
+    if name in ('bandai', 'cmu', 'hml3d', 'kit', 'babel'):
+        return f'python prepare_data.py {name} --src=...'
     return f'python prepare_data.py folder --src=... --out=data/{name}'
 
 

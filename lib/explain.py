@@ -33,11 +33,12 @@ def draw_clips(path, clips, fps):
     for (poses, heat, curve), (title, joints, phi, omega) in zip(axes.T, clips):
         _show_poses(poses, joints, max(3, 10 // len(clips)))
         poses.set_title(textwrap.fill(title, 110 // len(clips)), fontsize=10, parse_math=False)
-        _show_tokens(heat, phi.T, 4 / fps, cmap='magma', vmin=0, vmax=1)
+        mesh = _show_tokens(heat, phi.T, 4 / fps, cmap='magma', vmin=0, vmax=1)
         seconds = np.arange(len(omega) + 1) * 4 / fps
         curve.stairs(omega, seconds, fill=True, alpha=0.5)
         curve.set(xlim=(0, seconds[-1]), ylim=(0, 1.05 * largest), xlabel='seconds')
-    axes[1, 0].set_ylabel('band k\n$\\phi_{t,k}$, Eq 7')
+    axes[1, 0].set_ylabel('band k, slow to fast')
+    figure.colorbar(mesh, ax=axes[1], label='$\\phi_{t,k}$, Eq 7', pad=0.01)
     axes[2, 0].set_ylabel('$\\Omega(t)$, Eq 8')
     figure.savefig(path)
 
@@ -80,7 +81,8 @@ def draw_explained(path, caption, nodes, joints, filled, omega, hard, fps):
     else:
         mesh = _show_tokens(order, filled, 4 / fps, cmap='viridis', vmin=0, vmax=1)
         order.set(ylabel='decoding step', ylim=(len(filled) - 0.5, -0.5))
-        order.set_title('tokens that each step fills in; it keeps the most confident', fontsize=9)
+        order.set_title('tokens that each step fills in; after noise (Eq 19), the most confident '
+                        'stay', fontsize=9)
         figure.colorbar(mesh, ax=[order, curve], label='confidence', pad=0.01)
 
     seconds = np.arange(len(omega) + 1) * 4 / fps
@@ -97,6 +99,7 @@ def draw_attention(path, title, maps):
     figure = Figure(figsize=(5 * len(maps), 5), dpi=DPI, layout='constrained')
     figure.suptitle(title, fontsize=10, parse_math=False)
     for axes, (name, matrix) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps):
-        axes.imshow(matrix, cmap='magma', vmax=np.quantile(matrix, 0.99))
+        image = axes.imshow(matrix, cmap='magma', vmax=np.quantile(matrix, 0.99))
+        figure.colorbar(image, ax=axes, shrink=0.7)
         axes.set(title=name, xlabel='token attended to', ylabel='token')
     figure.savefig(path)

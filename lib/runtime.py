@@ -399,9 +399,12 @@ def open_run(run, folder, kind, config, iters, keys=(), **identity):
         lock(folder, kind)
     path = os.path.join(folder, f'{kind}_last.pt')
     resumes = config['init_from'] == 'resume'
-    if not resumes and not os.path.exists(path):
+    if resumes and not os.path.exists(path):
+        raise UserError(f'There is no {path}, so nothing can be resumed: leave --init_from=resume '
+                        'out.')
+    if not os.path.exists(path):
         path = os.path.join(folder, f'{kind}.pt')
-    if not resumes and not os.path.exists(path):
+    if not os.path.exists(path):
         return None
 
     keys = ('it', 'model', 'settings', *keys) if resumes else ()

@@ -154,8 +154,8 @@ def _read_array_file(path):
               and array.shape[2] == 3 or array.ndim == 2 and array.shape[1] in by_width}
     if 'joints' not in usable and len(usable) != 1:
         found = ', '.join(f'{key} {array.shape}' for key, array in arrays.items()) or 'no numbers'
-        raise UserError(f'{path} holds {found}, expected an array called joints, or only one, of '
-                        f'joints (T, J, 3) or features (T, {SMPL.dim}) or (T, {KIT.dim})')
+        raise UserError(f'{path} holds {found}, expected joints (T, J, 3) or features '
+                        f'(T, {SMPL.dim}) or (T, {KIT.dim}) as its only array, or called joints')
     array = usable.get('joints', list(usable.values())[0]).astype(np.float64)
     if array.ndim == 2:
         skeleton = by_width[array.shape[1]]
@@ -255,8 +255,11 @@ def _find_unit(path, at, whose, given):
     for name, metres in {'the given unit': given}.items() if given else units.items():
         if LEG[0] <= leg * metres <= LEG[1]:
             return name, metres
-    raise UserError(f'{path} has legs of {leg:.3g} units, expected {LEG[0]} to {LEG[1]} m'
-                    f'{f" ({given:g} m each)" if given else ""}: give --unit, or --joints=map.json')
+    if given:
+        raise UserError(f'{path} has legs of {leg * given:.3g} m in the unit of --unit, expected '
+                        f'{LEG[0]} to {LEG[1]}: leave --unit out, or give another one')
+    raise UserError(f'{path} has legs of {leg:.3g} units, expected {LEG[0]} to {LEG[1]} m: give '
+                    '--unit, or --joints=map.json')
 
 
 def _find_up(path, joints, rest, skeleton):
@@ -341,6 +344,8 @@ def read_take(path, settings=take_settings(), fps=None, new_fps=SMPL.fps, skelet
     that do not tell it. UserError names the file, what is wrong, and the setting that would help.
     """
     path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f'{path} is no file of motion, expected {", ".join(SUFFIXES)}')
     notes = []
     joints, rest, own_fps, whose, unused = _read_joints(path, settings, skeleton, notes)
     unit, metres = _find_unit(path, _named(joints, skeleton), whose, settings.unit)

@@ -123,6 +123,9 @@ def test_seeds_undo_and_what_the_browser_keeps(page, app):
     assert page.shown is page.made[titles[0]] and page.undo_button.disabled
     page.lock_box.value, page.length_slider.value = False, 0.0    # the estimator decides
     assert not press(page, 'generate')[1] and not torch.equal(page.shown[0].ids, two[0].ids)
+    page.undo(None)
+    assert page.shown is page.made[titles[0]]   # not what was undone before
+    page.made_menu.value = list(page.made)[-1]
     page.dark_box.value = True
     with visit(app, page.kept[-1]) as again:                      # after a reload
         assert list(again.made) == list(page.made) and again.dark_box.value

@@ -329,7 +329,7 @@ def test_bvh_files_of_ones_own(tmp_path, capsys):
     clips = prepare_own(src, tmp_path / 'data' / 'mine')
     printed = capsys.readouterr().out
     for words in ('cm, y up', 'Mixamo', 'spine2 put between', 'skipped 1: shorter than 40',
-                  'left_foot', 'broken.BVH is not a BVH file', 'skipped 2: line of the captions',
+                  'left_foot', 'broken.BVH is not a whole BVH file', 'skipped 2: line of the captions',
                   'skipped 1: caption of a file that is not there', '1 files have no caption'):
         assert words in printed
     meta = load_meta(tmp_path / 'data' / 'mine')[0]

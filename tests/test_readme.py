@@ -136,7 +136,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
             continue
         done.append(words[1:])
         script, arguments = split(words)
-        endless = script in ('study.py', 'app.py') or 'out/mine' in str(words)   # or the fork's
+        endless = script in ('study.py', 'app.py') or '/mine' in str(words)   # or the fork's
         if arguments == ['toy']:
             prepare_data.main(arguments)
         elif 'config/toy.py' in arguments and not endless:
