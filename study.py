@@ -62,7 +62,7 @@ STUDIES = {
                'DynMask': BOTH | dict(das_sampling=True, text='sentence'),
                'DynMask + graph': BOTH | dict(das_sampling=True, text='graph')},
     'attention': {'off': OFF, 'alpha0 .1': ATTENTION | dict(alpha0=0.1), 'alpha0 .3': ATTENTION,
-                  'alpha0 .5': ATTENTION | dict(alpha0=0.5), 'W = 4': ATTENTION | dict(window=4),
+                  'alpha0 .5': ATTENTION | dict(alpha0=0.5), 'W = 8': ATTENTION | dict(window=8),
                   'Eq 13': ATTENTION | dict(fusion='zscore'),
                   'own guess': ATTENTION | dict(msd_attn='guess', msd_decode='guess')},
     'cfs': {'random': OFF, 'energy': CFS | dict(omega='energy'),
