@@ -47,6 +47,6 @@ app: .venv/app
 	$(PY) app.py config/toy.py
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2   # two workers of one thread each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal   # two workers of one thread each
 
 .PHONY: demo app test
