@@ -370,7 +370,7 @@ with run.autocast():
     results = edited(jobs) if source else generated(jobs)
 motions = [pipe.joints(ids, footlock) for ids, *_ in results]   # in the data set's unit
 say(f'{len(motions)} motions, {sum(map(len, motions))} frames, generated in '
-      f'{time.perf_counter() - clock:.1f} s on {run.device}')
+    f'{time.perf_counter() - clock:.1f} s on {run.device}')
 
 # files
 warnings.filterwarnings('ignore', 'Glyph .* missing')   # captions in scripts that a font lacks
@@ -413,7 +413,7 @@ if pipe.res is None:
     say('without residual layers, because there is no res.pt: train it with --stage=res')
 if explain and not pipe.teacher:
     say("no curve of what is 'hard': this model was trained without HGM3's teacher "
-          '(--mask_by=loss)')
+        '(--mask_by=loss)')
 say(f'written to {folder}/: {os.path.basename(name)} ({suffixes}){others}')
 if problems:
     sys.exit('\n'.join(f'{problem} (left out)' for problem in problems))
