@@ -194,7 +194,7 @@ def only_folder(root, dataset, prefix):
         raise UserError('--momask_root is missing: give the folder of the official weights.')
     folder = Path(root, dataset)
     if not folder.is_dir():
-        raise UserError(f'{folder} is no folder: --momask_root should hold {dataset}/ of the '
+        raise UserError(f'{folder} is not a folder: --momask_root should hold {dataset}/ of the '
                         'official download (USAGE.md).')
     found = sorted(path.name for path in folder.glob(f'{prefix}*'))
     if len(found) != 1:

@@ -160,7 +160,7 @@ def spectrum(ids, G, known, W=8, gap='interp'):
     """
     products, v_known = velocity_products(ids, G, known, W, gap)
     products = F.pad(products.mT, ((W - 1) // 2, W // 2))         # (B, lags, n + W - 1)
-    kernel = spectrum_kernel(W, ids.device)                       # float64: GPUs round the rest
+    kernel = spectrum_kernel(W, ids.device)                       # float64, or GPUs use TF32
     f2 = F.conv1d(products.double(), kernel).mT.float()           # Eq 5, Eq 6: (B, n, bands)
     share = known_share(v_known, W)
     f2 = f2 / share.clamp(min=1 / W)[..., None]

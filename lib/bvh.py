@@ -238,9 +238,10 @@ def _bent_toes(world, offset, height):
     same, bent up where the end of that bone would be below the floor: when a heel is raised."""
     bone = unit_vectors(offset * [1, 0, 1])   # level at rest, see `write_rotations`
     aim = world @ bone
-    lowest = -height / np.linalg.norm(offset)
-    aim[:, 1] = np.maximum(aim[:, 1], lowest.clip(-1, 0))
-    aim[:, [0, 2]] *= np.sqrt((1 - aim[:, 1] ** 2) / (aim[:, [0, 2]] ** 2).sum(1))[:, None]
+    lowest = -height / max(np.linalg.norm(offset), 1e-8)
+    up = np.maximum(aim[:, 1], lowest.clip(-1, 0))
+    aim = unit_vectors(aim * [1, 0, 1]) * np.sqrt((1 - up ** 2).clip(min=0))[:, None]
+    aim[:, 1] = up
     return _nearest_rotation(1000 * aim[:, :, None] * bone + 0.03 * world)
 
 

@@ -176,7 +176,7 @@ def file_of(kind, joints, caption, skeleton, fps):
 def only_own_page(host):
     """A server that viser starts in this context refuses the pages of other web sites: a browser on
     this machine could have one open. An attacker's host name may resolve to 127.0.0.1, so a
-    loopback server also accepts its own names only. Programs that are no browser may connect."""
+    loopback server also accepts its own names only. Programs other than browsers may connect."""
     from websockets.asyncio import server   # comes with viser
     serve = server.serve
 

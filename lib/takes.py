@@ -345,7 +345,7 @@ def read_take(path, settings=take_settings(), fps=None, new_fps=SMPL.fps, skelet
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f'{path} is no file of motion, expected {", ".join(SUFFIXES)}')
+        raise UserError(f'{path} is not a motion file, expected {", ".join(SUFFIXES)}')
     notes = []
     joints, rest, own_fps, whose, unused = _read_joints(path, settings, skeleton, notes)
     unit, metres = _find_unit(path, _named(joints, skeleton), whose, settings.unit)
